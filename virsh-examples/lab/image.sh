@@ -1,0 +1,70 @@
+#!/bin/bash
+# image.sh OUTDIR SUITE: builds what a laboratory host boots (Xen, dom0 kernel,
+# root file system with stock libvirt) and the guest's kernel and initrd. Root.
+#
+# The result depends only on this file, host/, guest/, counter/ and Debian's
+# archive; `lab` rebuilds it when one of the first four changes.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=$1 suite=$2
+
+case $suite in
+bookworm) xen=xen-hypervisor-4.17-amd64,xen-utils-4.17 ;;
+*) echo "lab: no recipe for Debian suite '$suite' (known: bookworm)" >&2; exit 2 ;;
+esac
+
+say() { printf 'lab:   %s\n' "$*" >&2; }
+work=$out/work
+rm -rf "$work"
+mkdir -p "$work/rootfs" "$work/guest"
+R=$work/rootfs
+
+say "fetching Debian $suite with Xen and libvirt (about 90 s)"
+mmdebstrap --quiet --variant=minbase --include="systemd-sysv,udev,kmod,dbus,iproute2,procps,linux-image-amd64,$xen,xen-utils-common,libvirt-daemon-system,libvirt-daemon-driver-xen,libvirt-clients,openssh-server,bridge-utils,ethtool,iputils-ping,tcpdump,strace,python3-libvirt" \
+	"$suite" "$work/rootfs.tar" >&2
+tar xf "$work/rootfs.tar" -C "$R" --exclude="./dev/*"
+rm "$work/rootfs.tar"
+
+say "setting the hosts up"
+[ -f "$out/id" ] || ssh-keygen -q -t ed25519 -N '' -C kemari-lab -f "$out/id"
+install -d -m 700 "$R/root/.ssh"
+install -m 600 "$out/id.pub" "$R/root/.ssh/authorized_keys"
+install -m 600 "$out/id" "$R/root/.ssh/id_ed25519"
+printf 'Host xen1 xen2 10.99.0.*\n\tStrictHostKeyChecking accept-new\n' >"$R/root/.ssh/config"
+install -m 755 "$here/host/lab-net" "$R/usr/local/sbin/lab-net"
+install -m 644 "$here/host/lab-net.service" "$R/etc/systemd/system/lab-net.service"
+echo '/dev/sda / ext4 defaults,noatime 0 1' >"$R/etc/fstab"
+printf '127.0.0.1 localhost\n10.99.0.1 xen1\n10.99.0.2 xen2\n' >"$R/etc/hosts"
+# Both hosts answer with one host key, so that either may be reached as xen1 or
+# xen2 without a prompt; this is a laboratory.
+for h in xen1 xen2 10.99.0.1 10.99.0.2; do
+	printf '%s %s\n' "$h" "$(cut -d' ' -f1,2 "$R/etc/ssh/ssh_host_ed25519_key.pub")"
+done >"$R/root/.ssh/known_hosts"
+chroot "$R" systemctl -q enable lab-net ssh libvirtd
+# Timers would wake up in the middle of a measurement.
+chroot "$R" systemctl -q mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer systemd-tmpfiles-clean.timer libvirt-guests.service
+# An emulated AMD processor under Xen shows neither sep nor vme, and libvirt 9.0
+# knows no processor model without both.
+sed -i "/name='sep'/d;/name='vme'/d" "$R"/usr/share/libvirt/cpu_map/x86_{kvm64,qemu64,kvm32,486,pentium}.xml
+
+cp "$R"/boot/vmlinuz-* "$out/vmlinuz"
+cp "$R"/boot/initrd.img-* "$out/initrd.img"
+zcat "$R"/boot/xen-4.*-amd64.gz >"$out/xen"
+
+say "building the guest"
+G=$work/guest
+mkdir -p "$G"/{bin,proc,sys,dev,mod}
+cp "$(command -v busybox)" "$G/bin/busybox"
+find "$R/lib/modules" -name 'xen-netfront.ko*' -o -name 'xen-blkfront.ko*' | while read -r f; do cp "$f" "$G/mod/"; done
+cp "$out/counter" "$G/bin/counter"
+install -m 755 "$here/guest/init" "$G/init"
+(cd "$G" && find . | LC_ALL=C sort | cpio --quiet -o -H newc | gzip -9) >"$out/guest.img"
+mkdir -p "$R/var/lib/kemari-lab"
+cp "$out/vmlinuz" "$out/guest.img" "$R/var/lib/kemari-lab/"
+cp "$here"/guest/*.xml "$R/var/lib/kemari-lab/"
+
+say "writing the disk image"
+rm -f "$out/base.img"
+truncate -s 4G "$out/base.img"
+mke2fs -q -t ext4 -d "$R" "$out/base.img"
+rm -rf "$work"
