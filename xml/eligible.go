@@ -1,0 +1,149 @@
+package xml
+
+import (
+	"fmt"
+	"math/bits"
+	"strconv"
+	"strings"
+)
+
+// Reason is why a domain cannot be protected, and what can be done about it.
+type Reason struct{ Text, Remedy string }
+
+func (r Reason) String() string { return r.Text + ": " + r.Remedy }
+
+// Ineligible returns all that stands in the way of protecting a domain, as far as
+// its XML tells; nil if nothing does.
+func Ineligible(domainXML string) []Reason {
+	d, err := parseDomain(domainXML)
+	if err != nil {
+		return []Reason{{"the domain cannot be read (" + err.Error() + ")", "correct its XML"}}
+	}
+	var rs []Reason
+	add := func(remedy, format string, a ...any) {
+		rs = append(rs, Reason{fmt.Sprintf(format, a...), remedy})
+	}
+
+	if t := d.root.attr("type"); t != "xen" {
+		add("protect it from a connection to Xen", "a domain of type '%s' is not a Xen guest", t)
+	}
+	os := d.root.first("os").first("type")
+	const usePVH = "use a PVH guest, <type arch='x86_64' machine='xenpvh'>xenpvh</type>"
+	switch typ := os.trimmed(); {
+	case typ == "linux" || typ == "xen" || os.attr("machine") == "xenpv":
+		add(usePVH, "a PV guest cannot be checkpointed, since Xen without shadow paging does not log which of its pages change")
+	case typ == "hvm":
+		add(usePVH, "an HVM guest is not supported yet, since the state of its device model would have to follow it")
+	case typ != "xenpvh":
+		add(usePVH, "a guest of type '%s' is not supported", typ)
+	}
+
+	rs = append(rs, memoryReasons(d)...)
+	if len(d.root.first("cpu").first("numa").named("cell")) > 0 {
+		add("remove <numa> from <cpu>", "virtual NUMA cells are not supported")
+	}
+	return append(rs, deviceReasons(d.root.first("devices"))...)
+}
+
+func memoryReasons(d *document) []Reason {
+	memory, err := kib(d.root.first("memory"))
+	if err != nil {
+		return []Reason{{"the memory's size cannot be read (" + err.Error() + ")", "correct <memory>"}}
+	}
+	var rs []Reason
+	if c := d.root.first("currentMemory"); c != nil {
+		current, err := kib(c)
+		if err != nil {
+			return []Reason{{"the current memory's size cannot be read (" + err.Error() + ")", "correct <currentMemory>"}}
+		}
+		if current != memory {
+			rs = append(rs, Reason{
+				fmt.Sprintf("the guest has %d KiB of its %d KiB of memory, and a ballooned guest cannot be checkpointed", current, memory),
+				"make <currentMemory> equal to <memory> and start it again",
+			})
+		}
+	}
+	if d.root.first("maxMemory") != nil {
+		rs = append(rs, Reason{"memory that can be plugged in (maxMemory) is not supported", "remove <maxMemory>"})
+	}
+	return rs
+}
+
+func deviceReasons(devices *node) []Reason {
+	var rs []Reason
+	for _, h := range devices.named("hostdev") {
+		typ := h.attr("type")
+		if typ == "" {
+			typ = h.attr("mode")
+		}
+		rs = append(rs, passthrough(strings.ToUpper(typ)+" device"))
+	}
+	for range devices.named("redirdev") {
+		rs = append(rs, passthrough("redirected USB device"))
+	}
+	if disks := devices.named("disk"); len(disks) > 0 {
+		var names []string
+		for _, k := range disks {
+			names = append(names, k.first("target").attr("dev"))
+		}
+		rs = append(rs, Reason{
+			"disks (" + strings.Join(names, ", ") + ") are not supported yet, since what the guest writes to them is not replicated",
+			"use a guest that runs from its initrd, or wait for a release that replicates disks",
+		})
+	}
+	for _, i := range devices.named("interface") {
+		switch typ := i.attr("type"); {
+		case typ == "hostdev":
+			rs = append(rs, passthrough("network device"))
+		case typ != "bridge":
+			rs = append(rs, Reason{
+				fmt.Sprintf("output of an interface of type '%s' cannot be held back", typ),
+				"use <interface type='bridge'>",
+			})
+		case i.first("virtualport") != nil:
+			rs = append(rs, Reason{
+				fmt.Sprintf("an interface with a virtual port of type '%s' is not supported yet", i.first("virtualport").attr("type")),
+				"use a Linux bridge",
+			})
+		}
+	}
+	return rs
+}
+
+func passthrough(what string) Reason {
+	return Reason{"a " + what + " of the host is passed through, whose state cannot follow the guest", "remove it from the guest"}
+}
+
+// kib reads a size as libvirt does: a number and a unit, which is KiB if nothing
+// is said, rounded up to whole KiB.
+func kib(n *node) (uint64, error) {
+	v, err := strconv.ParseUint(n.trimmed(), 10, 64)
+	if err != nil {
+		return 0, err
+	}
+	unit := n.attr("unit")
+	scale := uint64(1024)
+	switch u := strings.ToLower(unit); u {
+	case "":
+	case "b", "byte", "bytes":
+		scale = 1
+	default:
+		power := strings.IndexByte("kmgtpe", u[0]) + 1
+		base := uint64(1024)
+		switch {
+		case power > 0 && u[1:] == "b":
+			base = 1000
+		case power == 0 || u[1:] != "" && u[1:] != "ib":
+			return 0, fmt.Errorf("unknown unit '%s'", unit)
+		}
+		scale = 1
+		for range power {
+			scale *= base
+		}
+	}
+	over, size := bits.Mul64(v, scale)
+	if over != 0 || size+1023 < size {
+		return 0, fmt.Errorf("%d %s is out of range", v, unit)
+	}
+	return (size + 1023) / 1024, nil
+}
