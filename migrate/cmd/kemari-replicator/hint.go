@@ -1,0 +1,27 @@
+package main
+
+import (
+	"errors"
+
+	"kemari/migrate"
+	"kemari/migrate/xen"
+)
+
+// hint is what the operator can do about the end of a protection.
+func hint(err error) string {
+	switch {
+	case errors.Is(err, migrate.ErrTakenOver):
+		return "the guest runs on the standby's host; this host's copy was destroyed"
+	case errors.Is(err, migrate.ErrGuestGone):
+		return ""
+	case errors.Is(err, migrate.ErrStandbyLost):
+		return "the guest runs on, unprotected; see the standby's journal (kemari-standby@), then protect it again with virsh migrate --kemari"
+	case errors.Is(err, migrate.ErrPrimaryLost):
+		return "see the primary's journal (kemari-replicator@)"
+	case errors.Is(err, xen.ErrNoSuspend):
+		return "check inside the guest that it answers, and that its kernel was built with Xen's save and restore"
+	case errors.Is(err, xen.ErrNoLogDirty):
+		return "make it a PVH guest: <type machine='xenpvh'>xenpvh</type>"
+	}
+	return "see the journal: journalctl -u 'kemari-*'"
+}

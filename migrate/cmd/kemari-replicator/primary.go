@@ -1,0 +1,259 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sort"
+	"sync"
+	"time"
+
+	libvirt "github.com/digitalocean/go-libvirt"
+	"github.com/digitalocean/go-libvirt/socket/dialers"
+
+	"kemari/migrate"
+	"kemari/migrate/control"
+	"kemari/migrate/output"
+	"kemari/migrate/wire"
+	"kemari/migrate/xen"
+	"kemari/systemd"
+)
+
+const riskNone = "no arbiter: two hosts that lose sight of each other may both run the guest"
+
+// side is what both roles tell of themselves.
+type side struct {
+	mu     sync.Mutex
+	status control.Status // but for what the engine counts
+}
+
+func (s *side) phase(p control.Phase) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.status.Phase != p {
+		s.status.Phase, s.status.Since = p, time.Now()
+	}
+}
+
+func (s *side) get() control.Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
+}
+
+func risk(a control.Arbiter) string {
+	if a.Type == "none" && a.Automatic {
+		return riskNone
+	}
+	return ""
+}
+
+func (e *env) primary(ctx context.Context, uuid string) error {
+	paths := control.PathsFor(e.root, control.Primary, uuid)
+	var cfg control.PrimaryConfig
+	if err := control.ReadConfig(paths, &cfg); err != nil {
+		return err
+	}
+	id, err := parseUUID(cfg.UUID)
+	if err != nil {
+		return err
+	}
+	log := e.log.With("domain", cfg.Domain)
+	me := &side{status: control.Status{
+		Role: control.Primary, Domain: cfg.Domain, UUID: cfg.UUID, Peer: cfg.StandbyURI, Generation: cfg.Generation,
+		Phase: control.Starting, Since: time.Now(),
+		Arbiter: cfg.Arbiter.Type, Automatic: cfg.Arbiter.Automatic, Risk: risk(cfg.Arbiter),
+		Trigger: cfg.Trigger, HeartbeatIntervalMS: cfg.Heartbeat.Interval.Milliseconds(), HeartbeatTimeoutMS: cfg.Heartbeat.Timeout.Milliseconds(),
+		CopyTotal: int64(cfg.MemoryKiB) << 10,
+	}}
+	var engine *migrate.Primary // set before anyone can ask
+	var mu sync.Mutex
+	get := func() *migrate.Primary { mu.Lock(); defer mu.Unlock(); return engine }
+	done := make(chan struct{})
+	work, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ask := func(ctx context.Context, op control.Op) error {
+		if op != control.OpAbort {
+			return fmt.Errorf("%s is for the standby", op)
+		}
+		if p := get(); p != nil {
+			p.End("ended by the operator")
+		} else {
+			cancel()
+		}
+		select {
+		case <-done:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	status := func() control.Status {
+		s := me.get()
+		if p := get(); p != nil {
+			primaryStats(&s, p.Stats())
+		}
+		return s
+	}
+	return e.serve(work, paths, status, ask, func(ctx context.Context) error {
+		defer close(done)
+		if err := systemd.Ready(); err != nil {
+			log.Warn("not told systemd", "err", err)
+		}
+		conn, err := dial(ctx, cfg)
+		if err != nil {
+			return err
+		}
+		vifs, err := interfacesOf(cfg.DomID)
+		if err != nil {
+			conn.Close()
+			return err
+		}
+		plug, err := output.Open(ctx, log, vifs)
+		if err != nil {
+			conn.Close()
+			return fmt.Errorf("hold the guest's output: %w", err)
+		}
+		defer plug.Close()
+		destroy := func(ctx context.Context) error { return e.destroy(ctx, id, paths, log) }
+		guest, err := xen.StartGuest(e.helper, cfg.DomID, filepath.Join(paths.Dir, "mark"), destroy, log)
+		if err != nil {
+			conn.Close()
+			return err
+		}
+		p := migrate.NewPrimary(migrate.PrimaryConfig{
+			UUID: id, MemoryKiB: cfg.MemoryKiB, Generation: wire.Generation(cfg.Generation),
+			Trigger: migrate.Trigger(cfg.Trigger), Min: cfg.CheckpointMin, Max: cfg.CheckpointMax,
+			Heartbeat: migrate.Heartbeat{Interval: cfg.Heartbeat.Interval, Timeout: cfg.Heartbeat.Timeout},
+		}, conn, guest, plug, log)
+		mu.Lock()
+		engine = p
+		mu.Unlock()
+		me.phase(control.Copying)
+		log.Info("copying", "peer", cfg.StandbyURI, "interfaces", vifs, "memory_kib", cfg.MemoryKiB)
+		if risk(cfg.Arbiter) != "" {
+			log.Warn(riskNone)
+		}
+		return p.Run(ctx)
+	})
+}
+
+func primaryStats(s *control.Status, st migrate.PrimaryStats) {
+	if st.Protected && s.Phase == control.Copying {
+		s.Phase = control.Protected
+	}
+	s.CopyBytes, s.Bytes, s.BytesLast = st.CopyBytes, st.Bytes, st.LastBytes
+	s.Epoch, s.PagesLast = uint64(st.Epoch), st.Last.Pages
+	s.PauseLast, s.PauseMax, s.PauseSum = st.Last.Pause().Microseconds(), st.PauseMax.Microseconds(), st.PauseSum.Microseconds()
+	s.SuspendLast, s.CopyLast, s.ResumeLast = st.Last.Suspend.Microseconds(), st.Last.Copy.Microseconds(), st.Last.Resume.Microseconds()
+	s.CommitLag = st.Lag.Microseconds()
+}
+
+func dial(ctx context.Context, cfg control.PrimaryConfig) (net.Conn, error) {
+	tc, err := cfg.Identity.TLS(cfg.PeerFingerprint)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	d := tls.Dialer{Config: tc}
+	c, err := d.DialContext(ctx, "tcp", cfg.StandbyAddr)
+	if err != nil {
+		return nil, fmt.Errorf("%w: connect to %s: %w", migrate.ErrStandbyLost, cfg.StandbyAddr, err)
+	}
+	return c, nil
+}
+
+// interfacesOf lists the guest's interfaces in dom0.
+func interfacesOf(domid uint32) ([]string, error) {
+	found, err := filepath.Glob(fmt.Sprintf("/sys/class/net/vif%d.*", domid))
+	if err != nil {
+		return nil, err
+	}
+	for i, f := range found {
+		found[i] = filepath.Base(f)
+	}
+	sort.Strings(found)
+	return found, nil
+}
+
+// destroy ends the domain through libvirt, which so learns of it. It retries as
+// long as ctx lasts: the guest runs elsewhere, and nothing ours says may be heard.
+// The file it leaves first tells cleanupPrimary the same, should we be killed.
+func (e *env) destroy(ctx context.Context, id [16]byte, paths control.Paths, log *slog.Logger) error {
+	if err := os.WriteFile(filepath.Join(paths.Dir, "taken-over"), nil, 0o600); err != nil {
+		log.Warn("not marked as taken over", "err", err)
+	}
+	for {
+		err := destroyDomain(e.socket, id)
+		if err == nil {
+			return nil
+		}
+		log.Error("this copy of the guest could not be destroyed; its output stays held; trying again", "err", err)
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, context.Cause(ctx))
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func destroyDomain(socket string, id [16]byte) error {
+	v := libvirt.NewWithDialer(dialers.NewLocal(dialers.WithSocket(socket), dialers.WithLocalTimeout(5*time.Second)))
+	if err := v.ConnectToURI("xen:///system"); err != nil {
+		return err
+	}
+	defer v.Disconnect()
+	dom, err := v.DomainLookupByUUID(libvirt.UUID(id))
+	if libvirt.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if dom.ID < 0 { // not running
+		return nil
+	}
+	return v.DomainDestroy(dom)
+}
+
+// cleanupPrimary puts back what a killed primary left.
+func (e *env) cleanupPrimary(ctx context.Context, uuid string) error {
+	paths := control.PathsFor(e.root, control.Primary, uuid)
+	var cfg control.PrimaryConfig
+	if err := control.ReadConfig(paths, &cfg); err != nil {
+		if errors.Is(err, os.ErrNotExist) { // it ended by itself and tidied up
+			return output.Cleanup(ctx, nil)
+		}
+		return err
+	}
+	id, err := parseUUID(cfg.UUID)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	if _, err := os.Stat(filepath.Join(paths.Dir, "taken-over")); err == nil {
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		errs = append(errs, e.destroy(ctx, id, paths, e.log))
+	}
+	vifs, err := interfacesOf(cfg.DomID)
+	if err != nil {
+		return err
+	}
+	// The network first: that is what somebody outside waits for.
+	errs = append(errs, output.Cleanup(ctx, vifs), xen.Cleanup(ctx, e.helper, cfg.DomID, filepath.Join(paths.Dir, "mark")))
+	last := control.Status{
+		Role: control.Primary, Domain: cfg.Domain, UUID: cfg.UUID, Peer: cfg.StandbyURI, Generation: cfg.Generation,
+		Phase: control.Ended, Since: time.Now(), Arbiter: cfg.Arbiter.Type, Automatic: cfg.Arbiter.Automatic,
+		Error: "the replicator was killed; the guest runs on, unprotected",
+		Hint:  "protect it again with virsh migrate --kemari",
+	}
+	errs = append(errs, control.WriteLast(paths, last))
+	return errors.Join(errs...)
+}

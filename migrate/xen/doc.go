@@ -1,0 +1,10 @@
+// Package xen is the only place that knows Xen: the formats of its migration
+// stream, and a running guest as the engine's migrate.Guest.
+//
+// The stream formats are those of docs/specs/libxc-migration-stream.pandoc
+// (version 3) and libxl-migration-stream.pandoc (version 2) of Xen 4.17; they are
+// unchanged in 4.20.
+//
+// The first engine's Guest takes its checkpoints with libxenguest, in the helper
+// process cmd/kemari-xcsave. Everything here is pure Go.
+package xen
