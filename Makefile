@@ -1,0 +1,64 @@
+# Kemari for libvirt. `make help` says what there is.
+SHELL := /bin/bash
+PREFIX ?= /usr
+DESTDIR ?=
+GO ?= go
+LAB := virsh-examples/lab/lab
+
+# The cgo binding loads libvirt when it runs, so building needs no libvirt.
+TAGS := libvirt_dlopen
+GOFLAGS_COMMON := -trimpath -tags $(TAGS) -ldflags '-s -w'
+PURE := bin/virtkemarid bin/kemari-replicator bin/kemari-hook bin/vif-kemari
+CGO := bin/kemari bin/kemari-xcsave
+
+bin/virtkemarid_PKG := ./driver/cmd/virtkemarid
+bin/kemari_PKG := ./driver/cmd/kemari
+bin/kemari-replicator_PKG := ./migrate/cmd/kemari-replicator
+bin/kemari-xcsave_PKG := ./migrate/xen/cmd/kemari-xcsave
+bin/kemari-hook_PKG := ./hooks/cmd/kemari-hook
+bin/vif-kemari_PKG := ./hooks/cmd/vif-kemari
+
+.PHONY: help
+help:
+	@echo 'make demo     protect a guest between two emulated hosts and cut the first one'"'"'s power'
+	@echo 'make test     every test, those in the two-host laboratory included'
+	@echo 'make unit     the tests that need no laboratory'
+	@echo 'make build    the programs, in bin/'
+	@echo 'make install  into $$(DESTDIR)$$(PREFIX)'
+	@echo 'make lint     go vet, staticcheck, shellcheck'
+	@echo 'make clean    remove bin/'
+
+# Says what is missing before anything is tried, and installs what can be.
+.PHONY: prepare
+prepare:
+	@.ci/prepare
+
+.PHONY: build
+build: $(PURE) $(CGO)
+
+.PHONY: $(PURE) $(CGO)
+$(PURE):
+	@CGO_ENABLED=0 $(GO) build $(GOFLAGS_COMMON) -o $@ $($@_PKG)
+$(CGO):
+	@CGO_ENABLED=1 $(GO) build $(GOFLAGS_COMMON) -o $@ $($@_PKG)
+
+LIBEXEC := $(DESTDIR)$(PREFIX)/libexec/kemari
+UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
+
+.PHONY: install
+install: build
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin bin/kemari
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/sbin bin/virtkemarid
+	install -D -m 755 -t $(LIBEXEC) bin/kemari-replicator bin/kemari-xcsave bin/vif-kemari systemd/units/post-install
+	install -D -m 755 bin/kemari-hook $(DESTDIR)/etc/libvirt/hooks/libxl.d/kemari
+	install -d $(DESTDIR)$(PREFIX)/local/bin
+	ln -sf $(PREFIX)/bin/kemari $(DESTDIR)$(PREFIX)/local/bin/virsh
+	install -D -m 644 -t $(UNITS) systemd/units/*.service systemd/units/*.socket
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/tmpfiles.d systemd/units/kemari.conf
+	install -D -m 644 systemd/units/kemari-modules.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/kemari.conf
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 driver/cmd/kemari/*.1
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/kemari xml/kemari.rng
+
+.PHONY: clean
+clean:
+	rm -rf bin

@@ -1,0 +1,22 @@
+// Package driver is the libvirt driver of Kemari. It stands between libvirt's
+// clients and libvirtd, and speaks libvirt's RPC to both.
+//
+//	client ──► virtkemarid-sock ──► session ──► libvirtd (xen:///system)
+//	                                   │
+//	                                   ├─► protect ──ssh──► the standby's virtkemarid
+//	                                   ├─► kemari-replicator@UUID (control socket)
+//	                                   └─► guard: what may not be done to a protected guest
+//
+// Each client has a connection of its own to libvirtd, so that serials, callback
+// numbers, events and streams pass through unchanged. What is not passed through
+// is listed in intercept.go and guard.go, and nowhere else.
+//
+// The driver holds no guest's life in its hands. What protects a guest are
+// processes of their own, which go on when this one ends; the driver's only
+// memory is the protections that are being set up, and those it takes back when
+// it must end.
+//
+// Authorisation: who can open the read-write socket may do what libvirtd lets
+// root do, as with libvirt's own socket and group; through the read-only socket
+// nothing of ours can be changed, and libvirtd sees a read-only client.
+package driver

@@ -1,0 +1,164 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	golibvirt "github.com/digitalocean/go-libvirt"
+
+	"kemari/driver/rpc"
+)
+
+// Libvirt is what the driver itself asks of libvirtd. The methods block until
+// libvirtd answers or Close is called.
+type Libvirt interface {
+	// Guest returns the active guest with this UUID, or ErrNoGuest.
+	Guest(id rpc.UUID) (Guest, error)
+	// Names returns the UUIDs of all domains, active or only defined, by name.
+	Names() (map[string]Known, error)
+	// FreeMemory is the host's, in KiB.
+	FreeMemory() (uint64, error)
+	// Version is libvirt's: 1000000 * major + 1000 * minor + release.
+	Version() (uint64, error)
+	Close() error
+}
+
+// Known is a domain that libvirtd knows.
+type Known struct {
+	UUID   rpc.UUID
+	Active bool
+}
+
+// Guest is a domain as it stands.
+type Guest struct {
+	Name      string
+	UUID      rpc.UUID
+	ID        uint32
+	XML       string
+	Running   bool // and not paused, shutting down, crashed, …
+	State     string
+	MemoryKiB uint64
+	Job       bool // libvirt is saving, migrating or dumping it
+}
+
+// ErrNoGuest is returned where no such domain is active.
+var ErrNoGuest = errors.New("no such domain is running")
+
+// OpenLibvirt connects to libvirtd at its socket. The connection, and every call
+// on it, ends when ctx does.
+func OpenLibvirt(ctx context.Context, socket, uri string) (Libvirt, error) {
+	var d net.Dialer
+	dctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	c, err := d.DialContext(dctx, "unix", socket)
+	if err != nil {
+		return nil, fmt.Errorf("connect to libvirtd: %w", err)
+	}
+	l := &libvirtConn{conn: c, stop: context.AfterFunc(ctx, func() { c.Close() })}
+	l.l = golibvirt.NewWithDialer(given{c})
+	if err := l.l.ConnectToURI(golibvirt.ConnectURI(uri)); err != nil {
+		l.stop()
+		c.Close()
+		return nil, fmt.Errorf("open %s: %w", uri, err)
+	}
+	return l, nil
+}
+
+// given is a dialer of a connection that is there.
+type given struct{ net.Conn }
+
+func (g given) Dial() (net.Conn, error) { return g.Conn, nil }
+
+type libvirtConn struct {
+	l    *golibvirt.Libvirt
+	conn net.Conn
+	stop func() bool
+}
+
+func (c *libvirtConn) Close() error {
+	c.stop()
+	err := c.l.Disconnect()
+	c.conn.Close()
+	return err
+}
+
+var stateNames = map[golibvirt.DomainState]string{
+	golibvirt.DomainNostate: "in no state", golibvirt.DomainRunning: "running",
+	golibvirt.DomainBlocked: "running", golibvirt.DomainPaused: "paused",
+	golibvirt.DomainShutdown: "shutting down", golibvirt.DomainShutoff: "shut off",
+	golibvirt.DomainCrashed: "crashed", golibvirt.DomainPmsuspended: "suspended",
+}
+
+func (c *libvirtConn) Guest(id rpc.UUID) (Guest, error) {
+	dom, err := c.l.DomainLookupByUUID(golibvirt.UUID(id))
+	if golibvirt.IsNotFound(err) {
+		return Guest{}, ErrNoGuest
+	}
+	if err != nil {
+		return Guest{}, fmt.Errorf("look up the guest: %w", err)
+	}
+	if dom.ID < 0 {
+		return Guest{}, ErrNoGuest
+	}
+	state, _, err := c.l.DomainGetState(dom, 0)
+	if err != nil {
+		return Guest{}, fmt.Errorf("ask for the guest's state: %w", err)
+	}
+	_, _, mem, _, _, err := c.l.DomainGetInfo(dom)
+	if err != nil {
+		return Guest{}, fmt.Errorf("ask for the guest's memory: %w", err)
+	}
+	// As root sees it: a password left out here would be missing over there.
+	doc, err := c.l.DomainGetXMLDesc(dom, golibvirt.DomainXMLSecure)
+	if err != nil {
+		return Guest{}, fmt.Errorf("ask for the guest's XML: %w", err)
+	}
+	g := Guest{
+		Name: dom.Name, UUID: id, ID: uint32(dom.ID), XML: doc,
+		Running:   golibvirt.DomainState(state) == golibvirt.DomainRunning || golibvirt.DomainState(state) == golibvirt.DomainBlocked,
+		State:     stateNames[golibvirt.DomainState(state)],
+		MemoryKiB: mem,
+	}
+	// Drivers without jobs do not know the call.
+	if typ, _, _, _, _, _, _, _, _, _, _, _, err := c.l.DomainGetJobInfo(dom); err == nil {
+		g.Job = golibvirt.DomainJobType(typ) != golibvirt.DomainJobNone
+	}
+	return g, nil
+}
+
+func (c *libvirtConn) Names() (map[string]Known, error) {
+	doms, _, err := c.l.ConnectListAllDomains(1, 0)
+	if err != nil {
+		return nil, fmt.Errorf("list the domains: %w", err)
+	}
+	m := make(map[string]Known, len(doms))
+	for _, d := range doms {
+		m[d.Name] = Known{UUID: rpc.UUID(d.UUID), Active: d.ID >= 0}
+	}
+	return m, nil
+}
+
+func (c *libvirtConn) FreeMemory() (uint64, error) {
+	b, err := c.l.NodeGetFreeMemory()
+	if err != nil {
+		return 0, fmt.Errorf("ask for the free memory: %w", err)
+	}
+	return b / 1024, nil
+}
+
+func (c *libvirtConn) Version() (uint64, error) {
+	v, err := c.l.ConnectGetLibVersion()
+	if err != nil {
+		return 0, fmt.Errorf("ask for libvirt's version: %w", err)
+	}
+	return v, nil
+}
+
+// versionString is libvirt's way to write a version.
+func versionString(v uint64) string {
+	return strings.Join([]string{fmt.Sprint(v / 1000000), fmt.Sprint(v / 1000 % 1000), fmt.Sprint(v % 1000)}, ".")
+}

@@ -1,0 +1,73 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"kemari/driver/rpc"
+	"kemari/migrate/control"
+)
+
+// goneAfter is how long a started unit may be without its control socket.
+const goneAfter = 3 * time.Second
+
+// startAndWatch starts the unit of one side of a protection and returns its
+// status once done says so. An error means that it ended or did not start, with
+// its own reason if it left one, or that ctx has ended. The caller cleans up.
+func (d *Driver) startAndWatch(ctx context.Context, role control.Role, id rpc.UUID, generation uint64, unit string, done func(control.Status) bool) (control.Status, error) {
+	if err := d.cfg.Units.Start(ctx, unit); err != nil {
+		if ctx.Err() != nil {
+			return control.Status{}, context.Cause(ctx)
+		}
+		// The reason it left behind is better than systemd's.
+		if st, e := d.look(ctx, role, id); e == nil && st.Generation == generation && st.Error != "" {
+			return st, ended(role, st, unit)
+		}
+		return control.Status{}, fmt.Errorf("%w; see journalctl -u %s", err, unit)
+	}
+	t := time.NewTicker(pollEvery)
+	defer t.Stop()
+	seen := time.Now()
+	for {
+		st, err := d.look(ctx, role, id)
+		switch {
+		case ctx.Err() != nil:
+			return st, context.Cause(ctx)
+		case errors.Is(err, control.ErrNotRunning):
+			if time.Since(seen) > goneAfter {
+				return st, refuse(rpc.CodeOperationFailed, fmt.Sprintf("the %s process has ended and left no reason", role), "see journalctl -u "+unit)
+			}
+		case err != nil:
+			// It may be on its way out, and leave its reason.
+			if time.Since(seen) > goneAfter {
+				return st, fmt.Errorf("ask the %s process: %w; see journalctl -u %s", role, err, unit)
+			}
+		case st.Generation != generation:
+			return st, refuse(rpc.CodeOperationFailed, fmt.Sprintf("a %s process of another protection (generation %d) is running", role, st.Generation), "stop "+unit)
+		case done(st):
+			return st, nil
+		case st.Phase == control.Ended:
+			return st, ended(role, st, unit)
+		default:
+			seen = time.Now()
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return st, context.Cause(ctx)
+		}
+	}
+}
+
+// ended is why a process ended that should not have.
+func ended(role control.Role, st control.Status, unit string) error {
+	switch {
+	case st.Error == "":
+		return refuse(rpc.CodeAborted, "protection was ended before it was complete", "see journalctl -u "+unit)
+	case st.Hint == "":
+		return refuse(rpc.CodeOperationFailed, fmt.Sprintf("%s: %s", role, st.Error), "see journalctl -u "+unit)
+	}
+	return refuse(rpc.CodeOperationFailed, fmt.Sprintf("%s: %s", role, st.Error), st.Hint)
+}

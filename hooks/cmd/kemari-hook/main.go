@@ -1,0 +1,35 @@
+// Kemari-hook is libvirt's hook /etc/libvirt/hooks/libxl.d/kemari: it has every
+// guest protected that starts and whose <kemari> element asks for that.
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"log/syslog"
+	"os"
+	"os/exec"
+
+	"kemari/hooks"
+)
+
+func main() {
+	// libvirt shows what a hook writes only if the hook fails, and this one must
+	// not fail.
+	out := io.Writer(os.Stderr)
+	if w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, "kemari-hook"); err == nil {
+		out = io.MultiWriter(os.Stderr, w)
+	}
+	h := hooks.Libxl{Start: start, Log: slog.New(slog.NewTextHandler(out, nil))}
+	h.Run(context.Background(), os.Args[1:], os.Stdin)
+}
+
+func start(ctx context.Context, unit string) error {
+	out, err := exec.CommandContext(ctx, "systemctl", "--no-block", "start", unit).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("start %s: %w: %s", unit, err, bytes.TrimSpace(out))
+	}
+	return nil
+}
