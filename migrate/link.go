@@ -36,15 +36,19 @@ func newLink(conn net.Conn, gen wire.Generation) *link {
 // send writes one frame. It blocks as long as the peer's window is full; closing
 // the connection ends it.
 func (l *link) send(t wire.Type, e wire.Epoch, payload []byte) error {
+	return l.sendFrame(&wire.Frame{Type: t, Generation: l.gen, Epoch: e, Payload: payload})
+}
+
+func (l *link) sendFrame(f *wire.Frame) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	b, err := wire.Frame{Type: t, Generation: l.gen, Epoch: e, Payload: payload}.Append(l.buf[:0])
+	b, err := f.Append(l.buf[:0])
 	if err != nil {
 		return err
 	}
 	l.buf = b
 	if _, err := l.conn.Write(b); err != nil {
-		return fmt.Errorf("send %v: %w", t, err)
+		return fmt.Errorf("send %v: %w", f.Type, err)
 	}
 	return nil
 }

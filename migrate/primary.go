@@ -256,10 +256,11 @@ func (p *Primary) epoch(ctx context.Context, epoch wire.Epoch) error {
 	cp, err := p.guest.Checkpoint(work, seal, func(b []byte) error {
 		for len(b) > 0 {
 			n := min(len(b), wire.MaxPayload)
-			if err := p.link.send(wire.TypeData, epoch, b[:n]); err != nil {
+			f := wire.Frame{Type: wire.TypeData, Generation: p.cfg.Generation, Epoch: epoch, Payload: b[:n]}
+			if err := p.link.sendFrame(&f); err != nil {
 				return p.lost(err)
 			}
-			end.Add(b[:n])
+			end.Add(f)
 			b = b[n:]
 			if epoch == 1 {
 				p.mu.Lock()

@@ -266,7 +266,7 @@ func (s *Standby) handle(f wire.Frame) error {
 		if err := s.shadow.Stage(f.Payload); err != nil {
 			return fmt.Errorf("epoch %d: %w", f.Epoch, err)
 		}
-		s.got.Add(f.Payload)
+		s.got.Add(f)
 		if st.State == Copying {
 			s.set(func(st *StandbyStats) { st.CopyBytes += int64(len(f.Payload)) })
 		}

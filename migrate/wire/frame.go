@@ -64,10 +64,11 @@ type Frame struct {
 	Generation Generation
 	Epoch      Epoch
 	Payload    []byte
+	CRC        uint32 // set by Append and Read
 }
 
-// Append appends the frame's encoding to b.
-func (f Frame) Append(b []byte) ([]byte, error) {
+// Append appends the frame's encoding to b and sets CRC.
+func (f *Frame) Append(b []byte) ([]byte, error) {
 	if f.Type == 0 || f.Type > typeLast {
 		return nil, fmt.Errorf("%w: type %d", ErrFormat, f.Type)
 	}
@@ -82,7 +83,8 @@ func (f Frame) Append(b []byte) ([]byte, error) {
 	b = binary.BigEndian.AppendUint32(b, uint32(len(f.Payload)))
 	b = append(b, 0, 0, 0, 0)
 	b = append(b, f.Payload...)
-	binary.BigEndian.PutUint32(b[start+28:], checksum(b[start:start+28], f.Payload))
+	f.CRC = checksum(b[start:start+28], f.Payload)
+	binary.BigEndian.PutUint32(b[start+28:], f.CRC)
 	return b, nil
 }
 
@@ -142,7 +144,7 @@ func (r *Reader) Read() (Frame, error) {
 		}
 		return Frame{}, err
 	}
-	if checksum(b[:28], f.Payload) != binary.BigEndian.Uint32(b[28:]) {
+	if f.CRC = checksum(b[:28], f.Payload); f.CRC != binary.BigEndian.Uint32(b[28:]) {
 		return Frame{}, fmt.Errorf("%w: %v frame", ErrChecksum, f.Type)
 	}
 	if f.Generation != r.gen {

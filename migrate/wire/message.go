@@ -30,7 +30,7 @@ func ParseHello(b []byte) (Hello, error) {
 // frame missing, doubled or out of order is refused as a whole.
 type EpochEnd struct {
 	Bytes uint64 // sum of the payloads
-	CRC   uint32 // CRC32C of the payloads, one after the other
+	CRC   uint32 // CRC32C of the frames' checksums, one after the other
 }
 
 // Append appends the 12 bytes of e to b.
@@ -46,8 +46,9 @@ func ParseEpochEnd(b []byte) (EpochEnd, error) {
 	return EpochEnd{Bytes: binary.BigEndian.Uint64(b), CRC: binary.BigEndian.Uint32(b[8:])}, nil
 }
 
-// Add counts one data frame's payload in.
-func (e *EpochEnd) Add(p []byte) {
-	e.Bytes += uint64(len(p))
-	e.CRC = crc32.Update(e.CRC, castagnoli, p)
+// Add counts one data frame in. Its checksum covers its payload, epoch and
+// generation, so the payload need not be gone through once more.
+func (e *EpochEnd) Add(f Frame) {
+	e.Bytes += uint64(len(f.Payload))
+	e.CRC = crc32.Update(e.CRC, castagnoli, binary.BigEndian.AppendUint32(nil, f.CRC))
 }

@@ -39,6 +39,7 @@ type Guest struct {
 	begun    bool // a checkpoint has been taken
 	split    Splitter
 	standing atomic.Bool        // the guest stands: hold what comes, don't send
+	buf      []byte             // what is read at once
 	hold     []byte             // what came while it stood
 	send     func([]byte) error // of the checkpoint under way
 	pages    int64
@@ -64,7 +65,7 @@ func StartGuest(helper string, domid uint32, mark string, destroy func(context.C
 	}
 	g := &Guest{
 		cmd: exec.Command(helper, strconv.FormatUint(uint64(domid), 10), mark), stream: r,
-		events: make(chan string, 4), exited: make(chan struct{}),
+		buf: make([]byte, 1<<20), events: make(chan string, 4), exited: make(chan struct{}),
 		destroy: destroy, log: log,
 	}
 	g.split = Splitter{Headers: g.out, Record: g.record}
@@ -133,7 +134,7 @@ func (g *Guest) record(r Record) error {
 
 // capture reads one checkpoint's part of the stream.
 func (g *Guest) capture() error {
-	b := make([]byte, 256<<10)
+	b := g.buf
 	for g.complete = false; !g.complete; {
 		n, err := g.stream.Read(b)
 		if err != nil {

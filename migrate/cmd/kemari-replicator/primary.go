@@ -161,12 +161,15 @@ func dial(ctx context.Context, cfg control.PrimaryConfig) (net.Conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	d := tls.Dialer{Config: tc}
+	var d net.Dialer
 	c, err := d.DialContext(ctx, "tcp", cfg.StandbyAddr)
-	if err != nil {
-		return nil, fmt.Errorf("%w: connect to %s: %w", migrate.ErrStandbyLost, cfg.StandbyAddr, err)
+	if err == nil {
+		var t *tlsConn
+		if t, err = secure(ctx, c, tc, tls.Client); err == nil {
+			return t, nil
+		}
 	}
-	return c, nil
+	return nil, fmt.Errorf("%w: connect to %s: %w", migrate.ErrStandbyLost, cfg.StandbyAddr, err)
 }
 
 // interfacesOf lists the guest's interfaces in dom0.

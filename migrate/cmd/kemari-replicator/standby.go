@@ -187,8 +187,7 @@ func accept(ctx context.Context, l net.Listener, cfg control.StandbyConfig) (net
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	type result struct{ conn *tls.Conn }
-	good := make(chan result)
+	good := make(chan net.Conn)
 	go func() {
 		slots := make(chan struct{}, 16) // handshakes at a time
 		for {
@@ -199,15 +198,14 @@ func accept(ctx context.Context, l net.Listener, cfg control.StandbyConfig) (net
 			slots <- struct{}{}
 			go func() {
 				defer func() { <-slots }()
-				tconn := tls.Server(c, tc)
 				hctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 				defer cancel()
-				if err := tconn.HandshakeContext(hctx); err != nil {
-					c.Close()
+				t, err := secure(hctx, c, tc, tls.Server)
+				if err != nil {
 					return
 				}
 				select {
-				case good <- result{tconn}:
+				case good <- t:
 				case <-ctx.Done():
 					c.Close()
 				}
@@ -215,8 +213,8 @@ func accept(ctx context.Context, l net.Listener, cfg control.StandbyConfig) (net
 		}
 	}()
 	select {
-	case r := <-good:
-		return r.conn, nil
+	case c := <-good:
+		return c, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}

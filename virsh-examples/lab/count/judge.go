@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"sort"
 	"time"
 )
@@ -13,15 +14,20 @@ type answer struct {
 
 // Result is what a run saw.
 type Result struct {
-	Answers    int     `json:"answers"`
-	Highest    uint64  `json:"highest"`    // number acknowledged
-	Last       uint64  `json:"last"`       // the counter, asked at the end
-	Lost       int     `json:"lost"`       // answers not above one acknowledged before they were asked for
-	Doubled    int     `json:"doubled"`    // numbers given twice
-	Reconnects int     `json:"reconnects"` // of the connection that is kept
-	Gap        float64 `json:"gap_s"`      // longest time without an answer; from the mark, if there is one
-	GapAt      float64 `json:"gap_at_s"`   // when that began, since the start
-	Median     float64 `json:"median_ms"`  // of a request's time
+	Answers    int
+	Highest    uint64  // number acknowledged
+	Last       uint64  // the counter, asked at the end
+	Lost       int     // answers not above one acknowledged before they were asked for
+	Doubled    int     // numbers given twice
+	Reconnects int     // of the connection that is kept
+	Gap        float64 // longest time without an answer; from the mark, if there is one
+	GapAt      float64 // when that began, since the start
+	Median     float64 // of a request's time
+}
+
+func (r Result) String() string {
+	return fmt.Sprintf("answers=%d highest=%d last=%d lost=%d doubled=%d reconnects=%d gap_s=%.3f median_ms=%.1f",
+		r.Answers, r.Highest, r.Last, r.Lost, r.Doubled, r.Reconnects, r.Gap, r.Median)
 }
 
 // judge checks the answers as the history of a counter: it is linearizable if and
@@ -71,6 +77,6 @@ func judge(answers []answer, mark time.Duration) Result {
 	if mark > 0 {
 		from = mark
 	}
-	r.GapAt, r.Gap = from.Seconds(), (to - from).Seconds()
+	r.Gap = (to - from).Seconds()
 	return r
 }

@@ -8,12 +8,12 @@
 // survives; besides, a fresh connection asks every so often, to time an outage
 // without TCP's growing retransmission intervals in the figure. A line "mark" on
 // stdin notes the time of a power cut; the end of stdin ends it. It then prints
-// its Result as one line of JSON, and exits 1 if anything was lost or doubled.
+// its Result as words key=value on one line, and exits 1 if anything was lost or
+// doubled.
 package main
 
 import (
 	"bufio"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"net"
@@ -47,11 +47,7 @@ func main() {
 	if r.Last < r.Highest {
 		r.Lost++ // the counter itself has gone back
 	}
-	b, err := json.Marshal(r)
-	if err != nil {
-		panic(err)
-	}
-	fmt.Println(string(b))
+	fmt.Println(r)
 	if r.Lost > 0 || r.Doubled > 0 || r.Answers == 0 {
 		os.Exit(1)
 	}

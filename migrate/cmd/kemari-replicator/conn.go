@@ -1,0 +1,72 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"net"
+	"sync"
+)
+
+// tlsConn is a TLS connection that needs a system call per frame and not one per
+// record of 16 KiB: what TLS writes in one Write goes out at once, and what has
+// come in is read at once.
+type tlsConn struct {
+	*tls.Conn
+	under *corked
+	mu    sync.Mutex
+}
+
+// secure makes c, a connection of ours or theirs, a TLS connection.
+func secure(ctx context.Context, c net.Conn, tc *tls.Config, make func(net.Conn, *tls.Config) *tls.Conn) (*tlsConn, error) {
+	under := &corked{Conn: c, r: bufio.NewReaderSize(c, 256<<10), w: bufio.NewWriterSize(c, 512<<10)}
+	t := &tlsConn{Conn: make(under, tc), under: under}
+	if err := t.HandshakeContext(ctx); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return t, nil
+}
+
+func (t *tlsConn) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.under.cork(true)
+	n, err := t.Conn.Write(b)
+	if e := t.under.cork(false); err == nil {
+		err = e
+	}
+	return n, err
+}
+
+// corked is the connection below TLS.
+type corked struct {
+	net.Conn
+	r *bufio.Reader // TLS has one reader at a time
+
+	mu    sync.Mutex // TLS writes alerts by itself
+	w     *bufio.Writer
+	holds bool
+}
+
+func (c *corked) Read(b []byte) (int, error) { return c.r.Read(b) }
+
+func (c *corked) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n, err := c.w.Write(b)
+	if err == nil && !c.holds {
+		err = c.w.Flush()
+	}
+	return n, err
+}
+
+func (c *corked) cork(hold bool) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.holds = hold
+	if hold {
+		return nil
+	}
+	return c.w.Flush()
+}

@@ -1,0 +1,63 @@
+# What the stories share; sourced by them. They run on the machine the laboratory
+# runs on, and need nothing of it that `lab help` does not tell.
+set -euo pipefail
+examples=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+lab=$examples/lab/lab
+tmp=$(mktemp -d)
+started=()
+trap 'status=$?; for p in "${started[@]}"; do kill "$p" 2>/dev/null || true; done; rm -rf "$tmp"; exit $status' EXIT
+
+# A line per step, with the seconds since the beginning.
+SECONDS=0
+step() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
+# Shows a command as an operator on that host would type it, and runs it there.
+on() {
+	local n=$1
+	shift
+	printf 'xen%s# %s\n' "$n" "$*"
+	"$lab" ssh "$n" "$@"
+}
+fail() {
+	printf 'FAILED: %s\n' "$*" >&2
+	exit 1
+}
+# word KEY LINE: the value of KEY in words key=value
+word() { sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" <<<"$2"; }
+# field KEY: the number of "KEY" in the JSON on stdin
+field() { sed -n "s/.*\"$1\": \([0-9]*\).*/\1/p" | head -n 1; }
+
+# The client that counts: `count_start`, `count_mark` at a power cut, `count_stop`
+# prints what it saw. It runs on this machine, outside both hosts.
+guest=10.99.0.100
+count_start() {
+	mkfifo "$tmp/count.in"
+	"$lab" exec "$examples/../bin/count" "$guest:7" <"$tmp/count.in" >"$tmp/count.out" 2>&1 &
+	count_pid=$!
+	started+=("$count_pid")
+	exec 8>"$tmp/count.in"
+}
+count_mark() { echo mark >&8; }
+count_stop() {
+	exec 8>&-
+	wait "$count_pid" || true
+	cat "$tmp/count.out"
+}
+# Waits until the guest answers, at most $1 seconds.
+guest_answers() {
+	local end=$((SECONDS + $1))
+	until "$lab" exec timeout 2 socat -t1 - "TCP:$guest:7,connect-timeout=1" <<<GET >/dev/null 2>&1; do
+		[ $SECONDS -lt $end ] || return 1
+		sleep 0.5
+	done
+}
+# Libvirt's own lifecycle events on host $1, one a line, into $tmp/events.
+events_start() {
+	"$lab" ssh "$1" 'virsh -q -c xen:///system event --event lifecycle --loop' >"$tmp/events" 2>&1 &
+	started+=($!)
+	sleep 2
+}
+# The events of domain $1 as STARTED/RESTORED,RESUMED/MIGRATED.
+events() {
+	sed -n "s/^event 'lifecycle' for domain '$1': \([^ ]*\) \(.*\)/\1\/\2/p" "$tmp/events" |
+		tr '[:lower:] ' '[:upper:]_' | paste -sd, -
+}
