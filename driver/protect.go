@@ -281,9 +281,10 @@ func (d *Driver) ask(ctx context.Context, c *rpc.Client, t Target, timeout time.
 // takeBack undoes what a protection that failed with cause has done so far, and
 // returns cause with what could not be undone.
 func (d *Driver) takeBack(ctx context.Context, log *slog.Logger, c *rpc.Client, req *request, generation uint64, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	ctx = context.WithoutCancel(ctx)
+	rctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
-	if err := d.removeReplicator(ctx, req.domain.UUID, generation); err != nil {
+	if err := d.removeReplicator(rctx, req.domain.UUID, generation); err != nil {
 		log.Error("replicator cannot be stopped", "error", err)
 		cause = fmt.Errorf("%w; moreover its replicator could not be stopped: %w", cause, err)
 	}
@@ -300,27 +301,16 @@ func (d *Driver) takeBack(ctx context.Context, log *slog.Logger, c *rpc.Client, 
 	return cause
 }
 
-// removeReplicator ends the replicator, if it was begun, and leaves nothing of it
-// but its last status.
+// removeReplicator ends the replicator, if it was begun.
 func (d *Driver) removeReplicator(ctx context.Context, id rpc.UUID, generation uint64) error {
-	paths := d.paths(control.Primary, id)
 	st, err := d.look(ctx, control.Primary, id)
 	if err == nil && st.Generation != generation {
-		return nil // never written, let alone started
+		return nil // ours was never written, let alone started
 	}
-	_, running := os.Stat(paths.Config)
-	if errors.Is(err, control.ErrNotRunning) && errors.Is(running, os.ErrNotExist) {
-		return nil
-	}
-	_, err = control.Ask(ctx, paths.Socket, control.OpAbort)
 	if errors.Is(err, control.ErrNotRunning) {
-		err = nil
+		if _, err := os.Stat(d.paths(control.Primary, id).Config); errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
 	}
-	if stopErr := d.cfg.Units.Stop(ctx, unitName(unitReplicator, id)); stopErr != nil {
-		return errors.Join(stopErr, err)
-	}
-	if err := os.Remove(paths.Config); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
+	return d.endProcess(ctx, control.Primary, id, unitName(unitReplicator, id))
 }

@@ -16,24 +16,26 @@ const (
 	// prepareTimeout bounds the start of a shadow; Xen builds an empty domain in
 	// a second or two.
 	prepareTimeout = 60 * time.Second
-	// cleanupTimeout bounds what is done when the one who asked has gone.
-	cleanupTimeout = 30 * time.Second
-	pollEvery      = 50 * time.Millisecond
+	// cleanupTimeout bounds what is done when the one who asked has gone. The
+	// units have a minute to stop.
+	cleanupTimeout = 90 * time.Second
 )
 
 // standbyLock lets one call at a time change the shadow of a guest. A discard
-// cancels a prepare that is under way instead of waiting for it.
+// cancels the prepare of its own generation that is under way, instead of waiting
+// for it; one of an older generation, which may come late, leaves it alone.
 type standbyLock struct {
-	held   chan struct{} // has one place
-	cancel context.CancelCauseFunc
-	users  int
+	held       chan struct{} // has one place
+	cancel     context.CancelCauseFunc
+	generation uint64 // of what cancel ends
+	users      int
 }
 
 var errDiscarded = errors.New("the primary has taken its request back")
 
 // lockStandby waits for the lock of the guest. The context it returns ends when
 // a discard wants the lock.
-func (d *Driver) lockStandby(ctx context.Context, id rpc.UUID, discard bool) (context.Context, func(), error) {
+func (d *Driver) lockStandby(ctx context.Context, id rpc.UUID, generation uint64, discard bool) (context.Context, func(), error) {
 	d.mu.Lock()
 	l := d.standbys[id]
 	if l == nil {
@@ -41,7 +43,7 @@ func (d *Driver) lockStandby(ctx context.Context, id rpc.UUID, discard bool) (co
 		d.standbys[id] = l
 	}
 	l.users++
-	if discard && l.cancel != nil {
+	if discard && l.cancel != nil && l.generation == generation {
 		l.cancel(errDiscarded)
 	}
 	d.mu.Unlock()
@@ -62,7 +64,7 @@ func (d *Driver) lockStandby(ctx context.Context, id rpc.UUID, discard bool) (co
 	ctx, cancel := context.WithCancelCause(ctx)
 	if !discard {
 		d.mu.Lock()
-		l.cancel = cancel
+		l.cancel, l.generation = cancel, generation
 		d.mu.Unlock()
 	}
 	return ctx, func() {
@@ -161,7 +163,7 @@ func (s *session) prepare(ctx context.Context, req prepareRequest) (*prepareRepl
 		return nil, err
 	}
 	d := s.d
-	ctx, unlock, err := d.lockStandby(ctx, id, false)
+	ctx, unlock, err := d.lockStandby(ctx, id, req.Generation, false)
 	if err != nil {
 		return nil, err
 	}
@@ -200,7 +202,7 @@ func (s *session) prepare(ctx context.Context, req prepareRequest) (*prepareRepl
 	if err != nil {
 		cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
-		if e := d.removeShadow(cctx, id); e != nil {
+		if e := d.endProcess(cctx, control.Standby, id, unitName(unitStandby, id)); e != nil {
 			s.log.Warn("shadow that did not start cannot be removed", "domain", req.Name, "error", e)
 		}
 		return nil, err
@@ -223,25 +225,6 @@ func (d *Driver) startShadow(ctx context.Context, id rpc.UUID, generation uint64
 	return st.Port, err
 }
 
-// removeShadow ends the standby process and leaves nothing of it but its last
-// status. The caller holds the lock and knows that it may be done.
-func (d *Driver) removeShadow(ctx context.Context, id rpc.UUID) error {
-	paths := d.paths(control.Standby, id)
-	// Asked, it lets libvirt end its half-built domain; stopped, it must do so
-	// too, but then nobody learns what went wrong.
-	_, err := control.Ask(ctx, paths.Socket, control.OpAbort)
-	if errors.Is(err, control.ErrNotRunning) {
-		err = nil
-	}
-	if stopErr := d.cfg.Units.Stop(ctx, unitName(unitStandby, id)); stopErr != nil {
-		return errors.Join(stopErr, err)
-	}
-	if err := os.Remove(paths.Config); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
 // discard takes a shadow back. It does nothing if there is none of this
 // generation.
 func (s *session) discard(ctx context.Context, req discardRequest) (*discardReply, error) {
@@ -253,7 +236,7 @@ func (s *session) discard(ctx context.Context, req discardRequest) (*discardRepl
 }
 
 func (d *Driver) discard(ctx context.Context, id rpc.UUID, generation uint64, onlyWaiting bool) error {
-	ctx, unlock, err := d.lockStandby(ctx, id, true)
+	ctx, unlock, err := d.lockStandby(ctx, id, generation, true)
 	if err != nil {
 		return err
 	}
@@ -274,7 +257,7 @@ func (d *Driver) discard(ctx context.Context, id rpc.UUID, generation uint64, on
 	case onlyWaiting && st.Phase != control.Starting && st.Phase != control.Waiting:
 		return nil
 	}
-	return d.removeShadow(ctx, id)
+	return d.endProcess(ctx, control.Standby, id, unitName(unitStandby, id))
 }
 
 // dropShadows takes back the shadows that were made for this client and that

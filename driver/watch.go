@@ -4,14 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"kemari/driver/rpc"
 	"kemari/migrate/control"
 )
 
-// goneAfter is how long a started unit may be without its control socket.
-const goneAfter = 3 * time.Second
+const (
+	pollEvery = 50 * time.Millisecond
+	// goneAfter is how long a started unit may be without its control socket.
+	goneAfter = 3 * time.Second
+	// askTimeout bounds the orderly end of a process that is to be stopped.
+	askTimeout = 20 * time.Second
+)
 
 // startAndWatch starts the unit of one side of a protection and returns its
 // status once done says so. An error means that it ended or did not start, with
@@ -70,4 +76,25 @@ func ended(role control.Role, st control.Status, unit string) error {
 		return refuse(rpc.CodeOperationFailed, fmt.Sprintf("%s: %s", role, st.Error), "see journalctl -u "+unit)
 	}
 	return refuse(rpc.CodeOperationFailed, fmt.Sprintf("%s: %s", role, st.Error), st.Hint)
+}
+
+// endProcess ends the process of one side of a protection and leaves nothing of it
+// but its last status. The caller knows that it may be done.
+func (d *Driver) endProcess(ctx context.Context, role control.Role, id rpc.UUID, unit string) error {
+	paths := d.paths(role, id)
+	// Asked, it tells the other side; stopped, it does not get round to it.
+	actx, cancel := context.WithTimeout(ctx, askTimeout)
+	_, askErr := control.Ask(actx, paths.Socket, control.OpAbort)
+	cancel()
+	if err := d.cfg.Units.Stop(ctx, unit); err != nil {
+		if errors.Is(askErr, control.ErrNotRunning) {
+			askErr = nil
+		}
+		return errors.Join(err, askErr)
+	}
+	// A process that was killed leaves its settings, and there is a key in them.
+	if err := os.Remove(paths.Config); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }
