@@ -33,6 +33,35 @@ help:
 prepare:
 	@.ci/prepare
 
+.PHONY: demo
+demo: prepare
+	@$(LAB) up && $(LAB) reset && $(LAB) deploy && $(MAKE) -s bin/count
+	@virsh-examples/failover; status=$$?; $(LAB) down; exit $$status
+
+.PHONY: test
+test: lint unit lab-test
+
+.PHONY: unit
+unit: prepare
+	$(GO) test -tags $(TAGS) $$($(GO) list -tags $(TAGS) ./... | grep -v /virsh-examples/lab$$)
+	@# What must not need cgo is built without it.
+	CGO_ENABLED=0 $(GO) build ./xml/... ./hooks/... ./driver ./driver/rpc/... ./driver/cmd/virtkemarid ./migrate ./migrate/wire ./migrate/control ./migrate/output ./migrate/shadow ./migrate/xen ./migrate/cmd/...
+
+.PHONY: lab-test
+lab-test: prepare
+	$(GO) test -tags $(TAGS) -count=1 -timeout 60m -v ./virsh-examples/lab
+
+.PHONY: lint
+lint: prepare
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo 'these files need gofmt' >&2; exit 1; }
+	$(GO) vet -tags $(TAGS) ./...
+	$(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.1 -tags $(TAGS) ./... || exit 1
+	shellcheck -x -S error virsh-examples/common.sh virsh-examples/failover virsh-examples/lab/lab virsh-examples/lab/image.sh virsh-examples/lab/stock-migrate .ci/run .ci/prepare
+
+.PHONY: bin/count
+bin/count:
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./virsh-examples/lab/count
+
 .PHONY: build
 build: $(PURE) $(CGO)
 

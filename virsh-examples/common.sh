@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the stories share; sourced by them. They run on the machine the laboratory
 # runs on, and need nothing of it that `lab help` does not tell.
 set -euo pipefail
@@ -27,7 +28,7 @@ word() { sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" <<<"$2"; }
 field() { sed -n "s/.*\"$1\": \([0-9]*\).*/\1/p" | head -n 1; }
 
 # The client that counts: `count_start`, `count_mark` at a power cut, `count_stop`
-# prints what it saw. It runs on this machine, outside both hosts.
+# shows what it saw. It runs on this machine, outside both hosts.
 guest=10.99.0.100
 count_start() {
 	mkfifo "$tmp/count.in"
@@ -37,10 +38,11 @@ count_start() {
 	exec 8>"$tmp/count.in"
 }
 count_mark() { echo mark >&8; }
-count_stop() {
+count_stop() { # sets $seen; not for a subshell, which could not close our end
 	exec 8>&-
 	wait "$count_pid" || true
-	cat "$tmp/count.out"
+	seen=$(cat "$tmp/count.out")
+	echo "$seen"
 }
 # Waits until the guest answers, at most $1 seconds.
 guest_answers() {
