@@ -166,7 +166,7 @@ func (d *Driver) paths(role control.Role, id rpc.UUID) control.Paths {
 }
 
 // lookTimeout bounds the wait for a replicator or standby to say how it is.
-const lookTimeout = 2 * time.Second
+const lookTimeout = 5 * time.Second
 
 // errSilent is returned by look of a process that does not say how it is.
 var errSilent = errors.New("it does not answer")

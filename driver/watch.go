@@ -12,9 +12,12 @@ import (
 )
 
 const (
-	pollEvery = 50 * time.Millisecond
+	pollEvery = 200 * time.Millisecond
+	// silentAfter is how long a process may not answer: the first copy keeps a small
+	// host busy.
+	silentAfter = time.Minute
 	// goneAfter is how long a started unit may be without its control socket.
-	goneAfter = 3 * time.Second
+	goneAfter = 10 * time.Second
 	// askTimeout bounds the orderly end of a process that is to be stopped.
 	askTimeout = 20 * time.Second
 )
@@ -47,7 +50,7 @@ func (d *Driver) startAndWatch(ctx context.Context, role control.Role, id rpc.UU
 			}
 		case err != nil:
 			// It may be on its way out, and leave its reason.
-			if time.Since(seen) > goneAfter {
+			if time.Since(seen) > silentAfter {
 				return st, fmt.Errorf("ask the %s process: %w; see journalctl -u %s", role, err, unit)
 			}
 		case st.Generation != generation:

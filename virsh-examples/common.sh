@@ -39,6 +39,7 @@ count_start() {
 }
 count_mark() { echo mark >&8; }
 count_stop() { # sets $seen; not for a subshell, which could not close our end
+	echo end >&8
 	exec 8>&-
 	wait "$count_pid" || true
 	seen=$(cat "$tmp/count.out")

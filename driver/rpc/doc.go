@@ -6,7 +6,7 @@
 // so no length is believed: a decoder checks it against what is there and
 // against the limit of libvirt's remote_protocol.x before it allocates.
 //
-// Decoders are stricter than libvirt's: padding must be zero, a boolean 0 or 1,
-// a string free of NUL, and nothing may follow the last field. What libvirt
-// would read differently from us must not get past us.
+// Decoders are stricter than libvirt's: padding must be zero, a string free of
+// NUL, and nothing may follow the last field. What libvirt would read differently
+// from us must not get past us.
 package rpc

@@ -61,13 +61,9 @@ func (d *decoder) uint64() uint64 {
 	return binary.BigEndian.Uint64(b)
 }
 
-func (d *decoder) bool() bool {
-	v := d.uint32()
-	if v > 1 {
-		d.fail("boolean %d", v)
-	}
-	return v == 1
-}
+// bool takes whatever is not zero for true, as libvirt does: digitalocean's
+// go-libvirt says 1<<24 when it opens a connection.
+func (d *decoder) bool() bool { return d.uint32() != 0 }
 
 // opaque takes a counted string of bytes of at most limit. Never nil but after
 // an error.

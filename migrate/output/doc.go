@@ -32,8 +32,9 @@
 // After the first Seal has returned, no frame leaves before the Release of its
 // epoch or Close. A frame belongs to the epoch during which it reached the vif's
 // ingress; one that netback delivers late belongs to the next epoch, which is
-// safe. Frames keep their order, and none is lost by Open, Seal, Release, Close
-// or Cleanup. One epoch may hold Limit bytes in an interface; further frames are
+// safe. None is lost by Open, Seal, Release, Close or Cleanup, and they keep
+// their order, but that frames sent at the moment when Close or Cleanup takes the
+// plug away may overtake a few others. One epoch may hold Limit bytes in an interface; further frames are
 // dropped (as any network may) and counted, see Plug.Drops.
 //
 // # What is not

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -82,7 +83,7 @@ type guest struct {
 	t       testing.TB
 	vif     string
 	in, out *packet.Conn
-	sent    int
+	sent    atomic.Int64
 	buf     []byte
 }
 
@@ -118,7 +119,7 @@ func newGuest(t testing.TB, n int) *guest {
 	}
 	for g.next(100*time.Millisecond) >= 0 {
 	}
-	g.sent = 0
+	g.sent.Store(0)
 	return g
 }
 
@@ -166,7 +167,7 @@ func (g *guest) send(n int) {
 func (g *guest) sendSize(size int) {
 	g.t.Helper()
 	for {
-		_, err := g.in.WriteTo(frame(g.sent, size), &packet.Addr{HardwareAddr: net.HardwareAddr{255, 255, 255, 255, 255, 255}})
+		_, err := g.in.WriteTo(frame(int(g.sent.Load()), size), &packet.Addr{HardwareAddr: net.HardwareAddr{255, 255, 255, 255, 255, 255}})
 		if err == nil {
 			break
 		}
@@ -175,7 +176,7 @@ func (g *guest) sendSize(size int) {
 			return
 		}
 	}
-	g.sent++
+	g.sent.Add(1)
 }
 
 // next returns the number of the next frame that comes out, -1 if none does.

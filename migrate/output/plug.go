@@ -251,6 +251,10 @@ func Cleanup(ctx context.Context, vifs []string) error {
 	return errors.Join(err, k.Close())
 }
 
-// drainTime bounds how long what was let out may take to leave. It takes
-// microseconds, so that more than this is a bug, in the kernel or here.
-const drainTime = 2 * time.Second
+const (
+	// drainTime bounds how long what was let out may take to leave. It takes
+	// microseconds, so that more than this is a bug, in the kernel or here.
+	drainTime = 2 * time.Second
+	// settleTime bounds how long Close waits for a moment without traffic.
+	settleTime = 100 * time.Millisecond
+)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/florianl/go-tc"
 	link "github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // TestNoInterfaces: a guest without a network is protected all the same.
@@ -65,7 +67,7 @@ func TestEpochs(t *testing.T) {
 	released := 10
 
 	for epoch := range 20 {
-		sealed := g.sent
+		sealed := int(g.sent.Load())
 		must(t, p.Seal())
 		if err := p.Seal(); !errors.Is(err, ErrOutstanding) {
 			t.Fatalf("second seal: %v", err)
@@ -84,13 +86,13 @@ func TestEpochs(t *testing.T) {
 	must(t, p.Seal())
 	g.send(5)
 	must(t, p.Close()) // with one epoch sealed, and the next begun
-	g.expect(released, g.sent)
+	g.expect(released, int(g.sent.Load()))
 	if found := ours(t); len(found) > 0 {
 		t.Errorf("left behind: %q", found)
 	}
-	released = g.sent
+	released = int(g.sent.Load())
 	g.send(5)
-	g.expect(released, g.sent)
+	g.expect(released, int(g.sent.Load()))
 	if n, err := p.Drops(); n != 0 || err != nil {
 		t.Errorf("drops: %d, %v", n, err)
 	}
@@ -104,6 +106,12 @@ func TestTraffic(t *testing.T) {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
+		// Behind a veth each processor has a queue of its own; netback has one
+		// thread for each queue of a guest.
+		runtime.LockOSThread()
+		var one unix.CPUSet
+		one.Set(0)
+		_ = unix.SchedSetaffinity(0, &one)
 		for {
 			select {
 			case <-stop:
@@ -114,11 +122,15 @@ func TestTraffic(t *testing.T) {
 			}
 		}
 	})
+	type span struct{ from, to int }
+	var closing []span // what was sent between a last Seal and the plug's end
 	for round := range 3 {
 		time.Sleep(20 * time.Millisecond)
 		p := open(t, g.vif)
+		var last int
 		for range 30 {
 			time.Sleep(3 * time.Millisecond)
+			last = int(g.sent.Load())
 			must(t, p.Seal())
 			time.Sleep(time.Millisecond)
 			must(t, p.Release())
@@ -129,14 +141,31 @@ func TestTraffic(t *testing.T) {
 		} else {
 			must(t, p.Close())
 		}
+		closing = append(closing, span{last, int(g.sent.Load())})
 		if n, err := p.Drops(); round != 1 && (n != 0 || err != nil) {
 			t.Errorf("drops: %d, %v", n, err)
 		}
 	}
 	close(stop)
 	wg.Wait()
-	g.expect(0, g.sent)
-	t.Logf("%d frames", g.sent)
+
+	seen, late := make([]int, g.sent.Load()), 0
+	for prev, n := -1, g.next(time.Second); n >= 0; prev, n = n, g.next(50*time.Millisecond) {
+		seen[n]++
+		if n == prev+1 {
+			continue
+		}
+		late++
+		if !slices.ContainsFunc(closing, func(s span) bool { return s.from <= n && n <= s.to+1 }) {
+			t.Errorf("frame %d follows %d, and no plug was being removed (%v)", n, prev, closing)
+		}
+	}
+	for n, times := range seen {
+		if times != 1 {
+			t.Errorf("frame %d came out %d times", n, times)
+		}
+	}
+	t.Logf("%d frames, %d out of order at the plugs' ends", len(seen), late)
 }
 
 // crash ends a Plug as the death of its process does.
@@ -170,7 +199,7 @@ func TestCleanup(t *testing.T) {
 			t.Errorf("left behind: %q", found)
 		}
 	}
-	g.expect(0, g.sent)
+	g.expect(0, int(g.sent.Load()))
 
 	// An ifb that never got further.
 	attrs := link.NewLinkAttrs()
@@ -197,7 +226,7 @@ func TestGone(t *testing.T) {
 		l, err := link.LinkByName(b.vif)
 		must(t, err)
 		must(t, link.LinkDel(l))
-		from := a.sent - 3
+		from := int(a.sent.Load()) - 3
 		for range 3 {
 			if err := p.Release(); !errors.Is(err, ErrGone) {
 				t.Errorf("release: %v", err)
@@ -206,7 +235,7 @@ func TestGone(t *testing.T) {
 				t.Errorf("seal: %v", err)
 			}
 		}
-		a.expect(from, a.sent) // the other goes on
+		a.expect(from, int(a.sent.Load())) // the other goes on
 		if crashed {
 			crash(p)
 			must(t, Cleanup(t.Context(), nil)) // its ifb is anybody's
@@ -323,7 +352,7 @@ func TestLimit(t *testing.T) {
 	if n, err := p.Drops(); n != 0 || err != nil {
 		t.Errorf("drops below the limit: %d, %v", n, err)
 	}
-	held := g.sent
+	held := int(g.sent.Load())
 	for range 5 {
 		g.sendSize(size)
 	}

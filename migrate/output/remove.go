@@ -10,10 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// remove takes interfaces off their plugs without losing or reordering frames,
-// as far as there is anything: each step is fine with having been done before.
+// remove takes interfaces off their plugs without losing a frame, as far as there
+// is anything: each step is fine with having been done before.
 //
-// The order matters. Sealed epochs go out before the one being filled; then the
+// A few frames that are sent just then may overtake others, as with any change
+// of a network's paths. The order of the steps matters. Sealed epochs go out before the one being filled; then the
 // plug passes, the redirect goes, the frames that were on their way when it went
 // leave, and only then the ifb may go, which would take them with it.
 func (k *kernel) remove(devs []*device) error {
@@ -30,15 +31,25 @@ func (k *kernel) remove(devs []*device) error {
 		fail(d, "let frames out", k.letOut(d))
 	}
 	for _, d := range devs {
+		// For the order's sake: once the redirect is gone, new frames overtake what
+		// is still in the plug. Under traffic there may be some at any moment, so
+		// this waits for a good one and not for ever.
+		_ = k.drain(settleTime, func() (bool, error) {
+			empty, err := k.plugEmpty(d, rootHandle)
+			if !empty || err != nil {
+				return false, err
+			}
+			return k.ifbEmpty(d)
+		})
 		fail(d, "remove the redirect", k.unredirect(d))
 	}
 	gracePeriod() // nobody is about to put a frame into a plug any more
 	for _, d := range devs {
-		fail(d, "drain the plug", k.drain(func() (bool, error) { return k.plugEmpty(d, rootHandle) }))
+		fail(d, "drain the plug", k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d, rootHandle) }))
 	}
 	gracePeriod() // nobody is about to put one from a plug into its ifb
 	for _, d := range devs {
-		fail(d, "drain the ifb", k.drain(func() (bool, error) { return k.ifbEmpty(d) }))
+		fail(d, "drain the ifb", k.drain(drainTime, func() (bool, error) { return k.ifbEmpty(d) }))
 		// By index: a name could be somebody else's by now.
 		err := k.links.LinkDel(&link.Ifb{LinkAttrs: link.LinkAttrs{Index: int(d.ifb)}})
 		fail(d, "remove the ifb", err)
@@ -69,7 +80,7 @@ func (k *kernel) letOut(d *device) error {
 			return nil
 		}
 		// The bands have priorities: one that is opened later must not overtake.
-		if err := k.drain(func() (bool, error) { return k.plugEmpty(d, bandHandle(band)) }); err != nil {
+		if err := k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d, bandHandle(band)) }); err != nil {
 			return err
 		}
 	}
@@ -113,14 +124,14 @@ func (k *kernel) unredirect(d *device) error {
 }
 
 // drain waits until there is nothing left.
-func (k *kernel) drain(empty func() (bool, error)) error {
-	for deadline := time.Now().Add(drainTime); ; time.Sleep(time.Millisecond) {
+func (k *kernel) drain(limit time.Duration, empty func() (bool, error)) error {
+	for deadline := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
 		ok, err := empty()
 		if ok || err != nil {
 			return err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("frames are left after %v", drainTime)
+			return fmt.Errorf("frames are left after %v", limit)
 		}
 	}
 }

@@ -7,7 +7,8 @@
 // One connection is kept and asks as fast as it is answered, to show that it
 // survives; besides, a fresh connection asks every so often, to time an outage
 // without TCP's growing retransmission intervals in the figure. A line "mark" on
-// stdin notes the time of a power cut; the end of stdin ends it. It then prints
+// stdin notes the time of a power cut; "end", or the end of
+// stdin, ends it. It then prints
 // its Result as words key=value on one line, and exits 1 if anything was lost or
 // doubled.
 package main
@@ -33,6 +34,9 @@ func main() {
 	c.wg.Go(c.steady)
 	c.wg.Go(func() { c.probe(*every) })
 	for s := bufio.NewScanner(os.Stdin); s.Scan(); {
+		if s.Text() == "end" {
+			break
+		}
 		if s.Text() == "mark" {
 			c.mu.Lock()
 			c.mark = time.Since(c.born)
