@@ -6,14 +6,14 @@
 //
 //	guest → vif3.0 ─ clsact, matchall, mirred redirect → kemari3.0 → bridge
 //	                                                       │
-//	          prio ─┬─ band 0  plug, open: frames from before the first Seal
-//	                ├─ band 1  plug ┐
-//	                ├─ band 2  plug ├ one epoch each, in turn
-//	                └─ band 3  plug ┘
+//	         prio ─┬─ band 0   plug, open: frames from before the first Seal
+//	               ├─ band 1   plug ┐
+//	               ├─ …             ├ one epoch each, in turn
+//	               └─ band 15  plug ┘
 //
 // The frames of one epoch are in one band. Seal turns the new frames to the next
 // band, Release opens the band sealed before. Opened, it drains in order, and
-// it is closed again when two epochs later its turn comes.
+// it is closed again long before its turn comes anew.
 //
 // # Why not one plug and its counters
 //
@@ -32,10 +32,12 @@
 // After the first Seal has returned, no frame leaves before the Release of its
 // epoch or Close. A frame belongs to the epoch during which it reached the vif's
 // ingress; one that netback delivers late belongs to the next epoch, which is
-// safe. None is lost by Open, Seal, Release, Close or Cleanup, and they keep
-// their order, but that frames sent at the moment when Close or Cleanup takes the
-// plug away may overtake a few others. One epoch may hold Limit bytes in an interface; further frames are
-// dropped (as any network may) and counted, see Plug.Drops.
+// safe. None is lost by Open, Seal, Release, Close or Cleanup. They keep their
+// order, but that frames sent at the moment when Close or Cleanup takes the plug
+// away may overtake a few others.
+//
+// One epoch may hold Limit bytes in an interface; further frames are dropped (as
+// any network may) and counted, see Plug.Drops.
 //
 // # What is not
 //

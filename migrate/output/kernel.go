@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The bands of the prio qdisc; see doc.go.
+// The bands of the prio qdisc, as many as it can have; see doc.go.
 const (
 	bandPass   = 0
 	firstEpoch = 1
-	numBands   = 4
+	numBands   = 16
 )
 
 // nextBand is the one to fill after the given one.

@@ -147,19 +147,33 @@ func (p *Plug) Release() error {
 	return errors.Join(errs...)
 }
 
-// releaseOne opens a band, and closes the one that is next to be filled. That
-// one was opened by the Release before, so it had a whole epoch to drain; a
-// frame still in it would be late and not lost.
+// releaseOne opens a band, and closes the one that is next to be filled, which
+// was opened thirteen epochs ago.
+//
+// A later epoch has a later band, so that it cannot overtake, but where the bands
+// begin anew. There this waits until the epochs released before have left. They
+// have long, unless the host is starved of processor time.
 func (p *Plug) releaseOne(d *device, opening, closing int) error {
+	if opening == firstEpoch {
+		var before []int
+		for band, open := range p.open {
+			if open {
+				before = append(before, band)
+			}
+		}
+		if err := p.k.drain(settleTime, func() (bool, error) { return p.k.plugEmpty(d, before...) }); err != nil {
+			p.log.Warn("frames released before have not left yet", "interface", d.vif, "err", err)
+		}
+	}
 	if !p.open[opening] {
 		if err := p.k.request(d.open[opening]); err != nil {
 			return err
 		}
 	}
-	if p.open[closing] {
-		return p.k.request(d.shut[closing])
+	if !p.open[closing] {
+		return nil
 	}
-	return nil
+	return p.k.request(d.shut[closing])
 }
 
 // Arm forgets the frames seen so far and has the next one reported by Held. A frame that arrives between a Seal and an Arm is forgotten
@@ -255,6 +269,7 @@ const (
 	// drainTime bounds how long what was let out may take to leave. It takes
 	// microseconds, so that more than this is a bug, in the kernel or here.
 	drainTime = 2 * time.Second
-	// settleTime bounds how long Close waits for a moment without traffic.
+	// settleTime bounds how long is waited for the sake of the order: by Close for
+	// a moment without traffic, and by Release where the bands begin anew.
 	settleTime = 100 * time.Millisecond
 )

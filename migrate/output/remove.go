@@ -3,6 +3,7 @@ package output
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/florianl/go-tc"
@@ -35,7 +36,7 @@ func (k *kernel) remove(devs []*device) error {
 		// is still in the plug. Under traffic there may be some at any moment, so
 		// this waits for a good one and not for ever.
 		_ = k.drain(settleTime, func() (bool, error) {
-			empty, err := k.plugEmpty(d, rootHandle)
+			empty, err := k.plugEmpty(d)
 			if !empty || err != nil {
 				return false, err
 			}
@@ -45,7 +46,7 @@ func (k *kernel) remove(devs []*device) error {
 	}
 	gracePeriod() // nobody is about to put a frame into a plug any more
 	for _, d := range devs {
-		fail(d, "drain the plug", k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d, rootHandle) }))
+		fail(d, "drain the plug", k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d) }))
 	}
 	gracePeriod() // nobody is about to put one from a plug into its ifb
 	for _, d := range devs {
@@ -69,19 +70,21 @@ func (k *kernel) letOut(d *device) error {
 			fill, ok = q.fillBand()
 		}
 	}
-	if !ok {
-		return nil // there was no time to build it
+	if !ok || fill == bandPass {
+		return nil // it was never holding, or there was no time to build it
 	}
 	for band := nextBand(fill); ; band = nextBand(band) {
-		if err := k.request(d.open[band]); err != nil {
+		if err := k.request(d.open[band]); err != nil || band == fill {
 			return err
 		}
-		if band == fill || fill == bandPass {
-			return nil
-		}
-		// The bands have priorities: one that is opened later must not overtake.
-		if err := k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d, bandHandle(band)) }); err != nil {
-			return err
+		// A band that comes later may have priority, and must not overtake.
+		for _, q := range qdiscs {
+			if q.ifindex != d.ifb || q.handle != bandHandle(band) || q.qlen == 0 {
+				continue
+			}
+			if err := k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d, band) }); err != nil {
+				return err
+			}
 		}
 	}
 }
@@ -136,15 +139,16 @@ func (k *kernel) drain(limit time.Duration, empty func() (bool, error)) error {
 	}
 }
 
-// plugEmpty: no frame waits in the qdisc of that handle.
-func (k *kernel) plugEmpty(d *device, handle uint32) (bool, error) {
+// plugEmpty: no frame waits in any of these bands, of all if none is named.
+func (k *kernel) plugEmpty(d *device, bands ...int) (bool, error) {
 	qdiscs, err := k.qdiscs()
 	if err != nil {
 		return false, err
 	}
 	for _, q := range qdiscs {
-		if q.ifindex == d.ifb && q.handle == handle {
-			return q.qlen == 0, nil
+		if q.ifindex == d.ifb && q.qlen > 0 && (len(bands) == 0 ||
+			slices.ContainsFunc(bands, func(band int) bool { return q.handle == bandHandle(band) })) {
+			return false, nil
 		}
 	}
 	return true, nil
