@@ -56,7 +56,7 @@ lint: prepare
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo 'these files need gofmt' >&2; exit 1; }
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.1 -tags $(TAGS) ./... || exit 1
-	shellcheck -x -S error virsh-examples/common.sh virsh-examples/failover virsh-examples/lab/lab virsh-examples/lab/image.sh virsh-examples/lab/stock-migrate .ci/run .ci/prepare
+	shellcheck -x -S error virsh-examples/common.sh virsh-examples/failover virsh-examples/lab/lab virsh-examples/lab/image.sh virsh-examples/lab/stock-migrate virsh-examples/lab/power-cuts .ci/run .ci/prepare
 
 .PHONY: bin/count
 bin/count:
@@ -86,6 +86,7 @@ install: build
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/tmpfiles.d systemd/units/kemari.conf
 	install -D -m 644 systemd/units/kemari-modules.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/kemari.conf
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 driver/cmd/kemari/*.1
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 driver/cmd/virtkemarid/virtkemarid.8
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/kemari xml/kemari.rng
 
 .PHONY: clean

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"strings"
 	"time"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
@@ -156,9 +155,4 @@ func (c *libvirtConn) Version() (uint64, error) {
 		return 0, fmt.Errorf("ask for libvirt's version: %w", err)
 	}
 	return v, nil
-}
-
-// versionString is libvirt's way to write a version.
-func versionString(v uint64) string {
-	return strings.Join([]string{fmt.Sprint(v / 1000000), fmt.Sprint(v / 1000 % 1000), fmt.Sprint(v % 1000)}, ".")
 }

@@ -105,6 +105,12 @@ func (d *Driver) tryProtect(ctx context.Context, log *slog.Logger, a *rpc.Migrat
 		return err
 	}
 	defer leave()
+	defer func() {
+		// Whatever was cut short, this is the reason.
+		if why := context.Cause(ctx); err != nil && why != nil && !errors.Is(err, why) {
+			err = why
+		}
+	}()
 	last, err := d.lastGeneration(ctx, req.domain)
 	if err != nil {
 		return err
@@ -184,7 +190,7 @@ func (d *Driver) tryProtect(ctx context.Context, log *slog.Logger, a *rpc.Migrat
 	if err != nil {
 		return fmt.Errorf("write the replicator's settings: %w", err)
 	}
-	log.Info("guest is being copied to its standby", "peer", req.target.URI, "address", addr, "generation", generation)
+	log.Info("guest is being copied to its standby", "peer", req.target.URI, "address", addr, "generation", generation, "standby_xen", there.Host.Xen.String(), "standby_libvirt", there.Libvirt)
 	_, err = d.startAndWatch(ctx, control.Primary, guest.UUID, generation, unitName(unitReplicator, guest.UUID),
 		func(st control.Status) bool { return st.Phase == control.Protected })
 	if err != nil {
@@ -281,6 +287,9 @@ func (d *Driver) ask(ctx context.Context, c *rpc.Client, t Target, timeout time.
 // takeBack undoes what a protection that failed with cause has done so far, and
 // returns cause with what could not be undone.
 func (d *Driver) takeBack(ctx context.Context, log *slog.Logger, c *rpc.Client, req *request, generation uint64, cause error) error {
+	if ctx.Err() != nil {
+		cause = context.Cause(ctx)
+	}
 	ctx = context.WithoutCancel(ctx)
 	rctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()

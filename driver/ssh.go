@@ -78,20 +78,31 @@ type sshConn struct {
 	once   sync.Once
 }
 
-func (c *sshConn) Write(b []byte) (int, error) { return c.in.Write(b) }
+func (c *sshConn) Write(b []byte) (int, error) {
+	n, err := c.in.Write(b)
+	if err != nil {
+		// Whoever is told of it closes us, and that must not cut ssh short.
+		err = c.reason()
+	}
+	return n, err
+}
 
 func (c *sshConn) Read(b []byte) (int, error) {
 	n, err := c.out.Read(b)
-	if err != io.EOF {
-		return n, err
+	if err != nil {
+		err = c.reason()
 	}
-	// ssh has closed its output. If it is because it failed, it ends, and has
-	// said why.
+	return n, err
+}
+
+// reason is why a pipe to ssh has ended: io.EOF unless ssh has said something. If
+// it failed it ends, and has said why.
+func (c *sshConn) reason() error {
 	select {
 	case <-c.waited:
 	case <-time.After(2 * time.Second):
 	}
-	return n, sshError(c.host, c.stderr.String())
+	return sshError(c.host, c.stderr.String())
 }
 
 // Close ends ssh and waits for it. It is idempotent.

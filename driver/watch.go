@@ -85,14 +85,18 @@ func ended(role control.Role, st control.Status, unit string) error {
 // but its last status. The caller knows that it may be done.
 func (d *Driver) endProcess(ctx context.Context, role control.Role, id rpc.UUID, unit string) error {
 	paths := d.paths(role, id)
-	// Asked, it tells the other side; stopped, it does not get round to it.
-	actx, cancel := context.WithTimeout(ctx, askTimeout)
-	_, askErr := control.Ask(actx, paths.Socket, control.OpAbort)
-	cancel()
-	if err := d.cfg.Units.Stop(ctx, unit); err != nil {
+	// Asked, it tells the other side; stopped, it does not get round to it. One
+	// that is on its way out has done so, and may not answer any more.
+	var askErr error
+	if st, err := d.look(ctx, role, id); err != nil || st.Phase != control.Ended {
+		actx, cancel := context.WithTimeout(ctx, askTimeout)
+		_, askErr = control.Ask(actx, paths.Socket, control.OpAbort)
+		cancel()
 		if errors.Is(askErr, control.ErrNotRunning) {
 			askErr = nil
 		}
+	}
+	if err := d.cfg.Units.Stop(ctx, unit); err != nil {
 		return errors.Join(err, askErr)
 	}
 	// A process that was killed leaves its settings, and there is a key in them.

@@ -32,7 +32,7 @@ field() { sed -n "s/.*\"$1\": \([0-9]*\).*/\1/p" | head -n 1; }
 guest=10.99.0.100
 count_start() {
 	mkfifo "$tmp/count.in"
-	"$lab" exec "$examples/../bin/count" "$guest:7" <"$tmp/count.in" >"$tmp/count.out" 2>&1 &
+	"$lab" exec "$examples/../bin/count" --every "${EVERY:-250ms}" "$guest:7" <"$tmp/count.in" >"$tmp/count.out" 2>&1 &
 	count_pid=$!
 	started+=("$count_pid")
 	exec 8>"$tmp/count.in"

@@ -4,7 +4,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"math"
 )
 
 // Limits of remote_protocol.x and virnetprotocol.x.
@@ -329,6 +328,3 @@ func DecodeOpaque(b []byte) (Opaque, error) {
 
 // Append appends the encoded bytes.
 func (v Opaque) Append(b []byte) []byte { return appendOpaque(b, v) }
-
-// Double returns the value of a ParamDouble.
-func (p TypedParam) Double() float64 { return math.Float64frombits(p.Number) }

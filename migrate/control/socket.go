@@ -76,6 +76,9 @@ func Serve(ctx context.Context, l net.Listener, h Handler) error {
 	for {
 		c, err := l.Accept()
 		if ctx.Err() != nil {
+			if err == nil {
+				c.Close() // it came in last, and must not wait for an answer
+			}
 			return nil
 		}
 		if err != nil {

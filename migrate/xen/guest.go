@@ -23,7 +23,7 @@ import (
 // cmd/kemari-xcsave for its exit statuses.
 var (
 	ErrNoSuspend  = errors.New("the guest did not suspend when asked; its kernel hangs, or lacks Xen's suspend")
-	ErrNoLogDirty = errors.New("Xen refuses to log the guest's writes; only PVH and HVM guests can be protected")
+	ErrNoLogDirty = errors.New("log-dirty mode is refused by Xen; only PVH and HVM guests can be protected")
 )
 
 // Guest is a running domain, checkpointed by a kemari-xcsave process. It

@@ -29,7 +29,14 @@ const (
 )
 
 func main() {
-	app := &cli.App{
+	if err := app().Run(os.Args); err != nil {
+		fmt.Fprintln(os.Stderr, "virtkemarid:", err)
+		os.Exit(1)
+	}
+}
+
+func app() *cli.App {
+	return &cli.App{
 		Name:            "virtkemarid",
 		Usage:           "the libvirt driver of Kemari",
 		UsageText:       "virtkemarid [options]",
@@ -48,10 +55,6 @@ func main() {
 			&cli.BoolFlag{Name: "verbose", Usage: "log more"},
 		},
 		Action: run,
-	}
-	if err := app.Run(os.Args); err != nil {
-		fmt.Fprintln(os.Stderr, "virtkemarid:", err)
-		os.Exit(1)
 	}
 }
 
