@@ -322,9 +322,6 @@ func TestGuard(t *testing.T) {
 
 // TestGuardSilentReplicator: one that does not answer may be at work.
 func TestGuardSilentReplicator(t *testing.T) {
-	if testing.Short() {
-		t.Skip("waits for the time-out")
-	}
 	h := newHost(t, "xen1", newLibvirtd(t, nil).path)
 	paths := control.PathsFor(h.units.root, control.Primary, g1UUID)
 	if err := os.MkdirAll(paths.Dir, 0o750); err != nil {
