@@ -73,6 +73,9 @@ $(CGO):
 
 LIBEXEC := $(DESTDIR)$(PREFIX)/libexec/kemari
 UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
+# Who runs a take-over: libvirt in either form, and Xen's daemons, which Debian
+# starts by one script.
+TAKEOVER_UNITS := libvirtd virtxend xen xenstored xenconsoled
 
 .PHONY: install
 install: build
@@ -83,6 +86,7 @@ install: build
 	install -d $(DESTDIR)$(PREFIX)/local/bin
 	ln -sf $(PREFIX)/bin/kemari $(DESTDIR)$(PREFIX)/local/bin/virsh
 	install -D -m 644 -t $(UNITS) systemd/units/*.service systemd/units/*.socket
+	for u in $(TAKEOVER_UNITS); do install -D -m 644 systemd/units/takeover.conf $(UNITS)/$$u.service.d/50-kemari.conf || exit; done
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/tmpfiles.d systemd/units/kemari.conf
 	install -D -m 644 systemd/units/kemari-modules.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/kemari.conf
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 driver/cmd/kemari/*.1

@@ -1,6 +1,7 @@
 package hooks
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -42,6 +43,11 @@ func (h *Libxl) Run(ctx context.Context, args []string, in io.Reader) {
 	// write into a closed pipe.
 	b, err := io.ReadAll(io.LimitReader(in, maxDomain+1))
 	if len(args) < 3 || args[1] != "started" || args[2] != "begin" {
+		return
+	}
+	// Most guests don't ask, and a take-over waits for this hook: so look for the
+	// attribute's name first, and parse only where it is.
+	if err == nil && len(b) <= maxDomain && bytes.Contains(b, []byte("</domain>")) && !bytes.Contains(b, []byte("autostart")) {
 		return
 	}
 	log := h.Log.With("domain", args[0])

@@ -90,6 +90,35 @@ func (v VIF) Run() error {
 	return nil
 }
 
+// Rehearse goes the way of a run without changing anything: what a take-over will
+// need is then in memory and not on a disk. A standby calls it when it begins.
+func (v VIF) Rehearse() error {
+	ctx, cancel := context.WithTimeout(context.Background(), vifTimeout)
+	defer cancel()
+	r := &vifRun{VIF: &v, ctx: ctx, path: "/local/domain/0/backend/vif/rehearsal", dev: "rehearsal"}
+	var err error
+	if r.store, err = v.Dial(); err != nil {
+		return err
+	}
+	defer r.store.Close()
+	if r.net, err = openNetdev(); err != nil {
+		return err
+	}
+	defer r.net.Close()
+	if _, err := r.needsVifBridge(); err != nil {
+		return err
+	}
+	bridge, err := r.read("bridge")
+	if err != nil {
+		return err
+	}
+	if bridge, err = r.findBridge(bridge); err != nil {
+		return err
+	}
+	_, _ = r.net.mtu(bridge)
+	return nil
+}
+
 // lookup finds a variable: the command line goes before the environment.
 func (v *VIF) lookup(name string) string {
 	for _, list := range [][]string{v.Args, v.Environ} {

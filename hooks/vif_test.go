@@ -85,6 +85,10 @@ func ok(t *testing.T, err error) {
 // run runs the script as libxl does for interface 0 of domain 7.
 func (h *host) run(args ...string) error {
 	h.t.Helper()
+	return h.vif(args...).Run()
+}
+
+func (h *host) vif(args ...string) VIF {
 	return VIF{
 		Args: args,
 		Environ: []string{"script=/etc/xen/scripts/vif-kemari", "XENBUS_TYPE=vif", "XENBUS_PATH=" + backend,
@@ -98,7 +102,21 @@ func (h *host) run(args ...string) error {
 			h.execs = append(h.execs, argv)
 			return nil
 		},
-	}.Run()
+	}
+}
+
+// TestRehearse: a rehearsal needs what a run needs, and changes nothing.
+func TestRehearse(t *testing.T) {
+	h := newHost(t)
+	ok(t, h.vif().Rehearse())
+	h.check("vif7.0", "", 1500, false)
+	if s := h.store.Get(backend + "/hotplug-status"); s != "" {
+		t.Errorf("hotplug-status %q", s)
+	}
+	h.store.Close()
+	if err := h.vif().Rehearse(); err == nil {
+		t.Error("no error without a xenstore")
+	}
 }
 
 // check compares an interface with what is wanted of it.

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"log/syslog"
 	"os"
@@ -16,14 +15,21 @@ import (
 )
 
 func main() {
-	// libvirt shows what a hook writes only if the hook fails, and this one must
-	// not fail.
-	out := io.Writer(os.Stderr)
-	if w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, "kemari-hook"); err == nil {
-		out = io.MultiWriter(os.Stderr, w)
-	}
-	h := hooks.Libxl{Start: start, Log: slog.New(slog.NewTextHandler(out, nil))}
+	h := hooks.Libxl{Start: start, Log: slog.New(slog.NewTextHandler(logger{}, nil))}
 	h.Run(context.Background(), os.Args[1:], os.Stdin)
+}
+
+// logger writes to the system's log, since libvirt shows what a hook writes only if
+// the hook fails, and this one must not fail. Most runs have nothing to say, so it
+// connects when there is something.
+type logger struct{}
+
+func (logger) Write(b []byte) (int, error) {
+	if w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, "kemari-hook"); err == nil {
+		defer w.Close()
+		w.Write(b)
+	}
+	return os.Stderr.Write(b)
 }
 
 func start(ctx context.Context, unit string) error {

@@ -1,6 +1,8 @@
 // Vif-kemari is the hotplug script of a protected guest's network interfaces:
 // what Xen's vif-bridge does, in milliseconds. libxl runs it as it runs that
 // one; <script path='…/vif-kemari'/> in the interface's XML names it.
+//
+// "vif-kemari rehearse" changes nothing; a standby's unit runs it when it starts.
 package main
 
 import (
@@ -13,13 +15,17 @@ import (
 )
 
 func main() {
-	err := hooks.VIF{
+	v := hooks.VIF{
 		Args:    os.Args[1:],
 		Environ: os.Environ(),
 		Dial:    xenstore.Dial,
 		Exec:    syscall.Exec,
-	}.Run()
-	if err != nil {
+	}
+	run := v.Run
+	if len(v.Args) == 1 && v.Args[0] == "rehearse" {
+		run = v.Rehearse
+	}
+	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "vif-kemari:", err)
 		os.Exit(1)
 	}
