@@ -5,38 +5,46 @@ import (
 	"math/bits"
 )
 
-// A delta's payload is
+// A delta's payload is, little-endian since words are taken from pages as they are,
 //
 //	eight bytes: bit i is set if line i (64 bytes of the page) has changed
-//	for each of those lines: a byte whose bit j is set if word j has changed,
-//	then the exclusive or of old and new of each of those words
+//	for each of those lines
+//	  four bytes: the lengths of its eight words' changes, four bits each, lowest first
+//	  the changes: the exclusive or of old and new, without leading zero bytes
 //
-// everything little-endian, since the words are taken from the page as they are.
+// Guests count, time and point: most changes are in a word's low bytes.
 
 // maxDelta is from where on a delta is no longer worth its while.
 const maxDelta = Size * 3 / 4
 
-// maxLine is what one line can add to a delta.
-const maxLine = 1 + lineSize
+// maxLine is what one line can add to a delta; wordSize bytes more are written.
+const (
+	wordSize = 8
+	maxLine  = 4 + lineSize
+	stretch  = 8 // lines compared at once
+)
 
-// nonzero is 1 if x is not 0, else 0.
-func nonzero(x uint64) uint64 { return (x | -x) >> 63 }
+// length is that of x without leading zero bytes.
+func length(x uint64) int { return (bits.Len64(x) + 7) / 8 }
 
 // diff writes the delta from base to p into dst, which must have room for
-// maxDelta+maxLine bytes, and makes base what p is. It returns the delta's
+// maxDelta+maxLine+wordSize bytes, and makes base what p is. It returns the delta's
 // length: 0 if base was p already, more than maxDelta if it was given up.
 func diff(dst []byte, base, p *[Size]byte) int {
 	var changed uint64
 	n := 8
-	dst = dst[:maxDelta+maxLine]
-	for i := range lines {
+	dst = dst[:maxDelta+maxLine+wordSize]
+	for i := 0; i < lines; i++ {
+		// Most of a page is as it was, and the run time compares long stretches fastest.
+		if i%stretch == 0 && *(*[stretch * lineSize]byte)(base[i*lineSize:]) == *(*[stretch * lineSize]byte)(p[i*lineSize:]) {
+			i += stretch - 1
+			continue
+		}
 		a := (*[lineSize]byte)(base[i*lineSize:])
 		b := (*[lineSize]byte)(p[i*lineSize:])
-		x := [8]uint64{
-			word(a, 0) ^ word(b, 0), word(a, 1) ^ word(b, 1), word(a, 2) ^ word(b, 2), word(a, 3) ^ word(b, 3),
-			word(a, 4) ^ word(b, 4), word(a, 5) ^ word(b, 5), word(a, 6) ^ word(b, 6), word(a, 7) ^ word(b, 7),
-		}
-		if x[0]|x[1]|x[2]|x[3]|x[4]|x[5]|x[6]|x[7] == 0 {
+		x0, x1, x2, x3 := word(a, 0)^word(b, 0), word(a, 1)^word(b, 1), word(a, 2)^word(b, 2), word(a, 3)^word(b, 3)
+		x4, x5, x6, x7 := word(a, 4)^word(b, 4), word(a, 5)^word(b, 5), word(a, 6)^word(b, 6), word(a, 7)^word(b, 7)
+		if x0|x1|x2|x3|x4|x5|x6|x7 == 0 {
 			continue
 		}
 		changed |= 1 << i
@@ -44,16 +52,27 @@ func diff(dst []byte, base, p *[Size]byte) int {
 		if n > maxDelta {
 			continue
 		}
-		mask := uint64(0)
-		for j, w := range x {
-			mask |= nonzero(w) << j
-		}
-		dst[n] = byte(mask)
-		n++
-		for m := mask; m != 0; m &= m - 1 {
-			binary.LittleEndian.PutUint64(dst[n:], x[bits.TrailingZeros64(m)])
-			n += 8
-		}
+		// Every word is stored whole, and the next over its leading zeroes. The masks
+		// change nothing: they spare the compiler the checks.
+		l := (*[maxLine + wordSize]byte)(dst[n:])
+		binary.LittleEndian.PutUint64(l[4:], x0)
+		at, lengths := length(x0), uint32(length(x0))
+		binary.LittleEndian.PutUint64(l[4+at&63:], x1)
+		at, lengths = at+length(x1), lengths|uint32(length(x1))<<4
+		binary.LittleEndian.PutUint64(l[4+at&63:], x2)
+		at, lengths = at+length(x2), lengths|uint32(length(x2))<<8
+		binary.LittleEndian.PutUint64(l[4+at&63:], x3)
+		at, lengths = at+length(x3), lengths|uint32(length(x3))<<12
+		binary.LittleEndian.PutUint64(l[4+at&63:], x4)
+		at, lengths = at+length(x4), lengths|uint32(length(x4))<<16
+		binary.LittleEndian.PutUint64(l[4+at&63:], x5)
+		at, lengths = at+length(x5), lengths|uint32(length(x5))<<20
+		binary.LittleEndian.PutUint64(l[4+at&63:], x6)
+		at, lengths = at+length(x6), lengths|uint32(length(x6))<<24
+		binary.LittleEndian.PutUint64(l[4+at&63:], x7)
+		at, lengths = at+length(x7), lengths|uint32(length(x7))<<28
+		binary.LittleEndian.PutUint32(l[:], lengths)
+		n += 4 + at
 	}
 	if changed == 0 {
 		return 0
@@ -61,6 +80,9 @@ func diff(dst []byte, base, p *[Size]byte) int {
 	binary.LittleEndian.PutUint64(dst, changed)
 	return n
 }
+
+// low[n] selects the n low bytes of a word.
+var low = [16]uint64{0, 1<<8 - 1, 1<<16 - 1, 1<<24 - 1, 1<<32 - 1, 1<<40 - 1, 1<<48 - 1, 1<<56 - 1, 1<<64 - 1}
 
 // patch applies a delta to p. It returns false if delta is none.
 func patch(p *[Size]byte, delta []byte) bool {
@@ -72,21 +94,33 @@ func patch(p *[Size]byte, delta []byte) bool {
 	if changed == 0 {
 		return false
 	}
+	var tail [maxLine + wordSize]byte
 	for ; changed != 0; changed &= changed - 1 {
-		if len(delta) == 0 {
+		l := &tail
+		if len(delta) >= len(l) {
+			l = (*[maxLine + wordSize]byte)(delta)
+		} else {
+			// Words are loaded whole, so the last ones need something to follow.
+			clear(tail[copy(tail[:], delta):])
+		}
+		lengths := binary.LittleEndian.Uint32(l[:])
+		// None is above 8, and not all are 0.
+		if lengths == 0 || (lengths>>3&0x11111111)*7&lengths != 0 {
 			return false
 		}
-		l := (*[lineSize]byte)(p[bits.TrailingZeros64(changed)*lineSize:])
-		mask := delta[0]
-		delta = delta[1:]
-		if mask == 0 || len(delta) < 8*bits.OnesCount8(mask) {
+		to := (*[lineSize]byte)(p[bits.TrailingZeros64(changed)*lineSize:])
+		at := 0
+		for j := 0; j < lineSize; j += wordSize {
+			n := lengths & 15
+			x := binary.LittleEndian.Uint64(l[4+at&63:]) & low[n]
+			binary.LittleEndian.PutUint64(to[j:], binary.LittleEndian.Uint64(to[j:])^x)
+			lengths >>= 4
+			at += int(n)
+		}
+		if len(delta) < 4+at {
 			return false
 		}
-		for ; mask != 0; mask &= mask - 1 {
-			w := l[bits.TrailingZeros8(mask)*8:]
-			binary.LittleEndian.PutUint64(w, binary.LittleEndian.Uint64(w)^binary.LittleEndian.Uint64(delta))
-			delta = delta[8:]
-		}
+		delta = delta[4+at:]
 	}
 	return len(delta) == 0
 }

@@ -131,7 +131,7 @@ func TestKinds(t *testing.T) {
 func TestGolden(t *testing.T) {
 	want := map[string]string{
 		"zero":  "200000000000000786d7610f",
-		"delta": "40230000000000076816468f03000000000000800187000000000000001000000000f5000000800000000000000098",
+		"delta": "40220000000000076e87d8de030000000000008001000000870000050000000000f5000000800000000000000098",
 		"s2":    "601d000000000007d23027ef80204c74686520717569636b2062726f776e20666f782011141900e00e",
 		"raw":   "9000000000000007c659f37686ad05dc987f806230a13ca07796da768f640748d1a3f6aaba40044b98753a43c64be5ba0b03ca371d084a2cbdb184da2624d739aacaef9c58891c0c3bddddf34bf0c81fdf82edab63bf68a0bca481c7dbdc0578",
 	}
@@ -267,6 +267,148 @@ func TestNoAllocation(t *testing.T) {
 			t.Errorf("decoding %s allocates %v times", s.name, n)
 		}
 	}
+}
+
+// Compressing is given up where it does not pay, and taken up where it does again.
+func TestCompressionAdapts(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	var noise, text [Size]byte
+	random(r, &noise)
+	copy(text[:], strings.Repeat("text ", Size))
+	tries := func(e *Encoder, p *[Size]byte, n int) (tries int, compressed uint64) {
+		before := e.Stats().Compressed
+		for range n {
+			was := e.gauge.tries
+			e.Append(nil, 1, p[:])
+			if e.gauge.tries != was {
+				tries++
+			}
+		}
+		return tries, e.Stats().Compressed - before
+	}
+	e := NewEncoder(0)
+	if n, c := tries(e, &text, 100); n != 100 || c != 100 {
+		t.Errorf("of 100 pages that compress %d were tried, %d compressed", n, c)
+	}
+	tries(e, &noise, 100)
+	if n, c := tries(e, &noise, 320); n != 10 || c != 0 {
+		t.Errorf("of 320 pages that don't compress %d were tried, %d compressed", n, c)
+	}
+	if tries(e, &text, 1000); e.gauge.size/16 > worthwhile {
+		t.Errorf("never tried again: %d", e.gauge.size/16)
+	}
+	if _, c := tries(e, &text, 100); c != 100 {
+		t.Errorf("of 100 pages that compress again %d were", c)
+	}
+	e.SetLink(100e9)
+	if n, _ := tries(e, &text, 100); n != 0 {
+		t.Errorf("with a link faster than any compression %d of 100 pages were tried", n)
+	}
+	e.SetLink(10e3)
+	if _, c := tries(e, &text, 100); c != 100 {
+		t.Errorf("with a slow link %d of 100 pages were compressed", c)
+	}
+	e.gauge.cost = 16 * 1e6
+	e.SetLink(10e6) // takes 0.4 ms for a page
+	if n, _ := tries(e, &text, 32); n != 1 {
+		t.Errorf("with compression slower than the link %d of 32 pages were tried", n)
+	}
+}
+
+func TestStats(t *testing.T) {
+	e, n := NewEncoder(1), 0
+	var p [Size]byte
+	for _, change := range []func(){
+		func() {},           // zero
+		func() {},           // unchanged
+		func() { p[7] = 7 }, // delta
+		func() {},           // unchanged
+		func() { random(rand.New(rand.NewPCG(1, 2)), &p) },   // raw
+		func() { copy(p[:], strings.Repeat("text ", Size)) }, // compressed
+	} {
+		change()
+		n += len(e.Append(nil, 1, p[:]))
+	}
+	if want := (Stats{Unchanged: 2, Zero: 1, Delta: 1, Compressed: 1, Raw: 1, Bytes: uint64(n)}); e.Stats() != want {
+		t.Errorf("got %+v, want %+v", e.Stats(), want)
+	}
+}
+
+// What is dirty once must not drive out what is dirty all the time.
+func TestCacheKeepsWhatIsHot(t *testing.T) {
+	e := NewEncoder(32)
+	var p [Size]byte
+	cold := PFN(1000)
+	for epoch := range 100 {
+		p[0] = byte(epoch + 1)
+		for hot := range PFN(8) {
+			e.Append(nil, hot, p[:])
+		}
+		for range 24 {
+			e.Append(nil, cold, p[:])
+			cold++
+		}
+	}
+	if s := e.Stats(); s.Delta < 99*8 {
+		t.Errorf("of %d changes of hot pages %d were deltas", 99*8, s.Delta)
+	}
+}
+
+// The cache against a map: what it has is right, it has no more than it may, and
+// misses nothing while there is room.
+func TestCache(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		size := rapid.IntRange(0, 20).Draw(t, "size")
+		c, model := newCache(size), make(map[PFN]byte)
+		for range rapid.IntRange(0, 200).Draw(t, "steps") {
+			// Few and far apart, so that they share places in the index.
+			pfn := PFN(rapid.IntRange(0, 30).Draw(t, "pfn")) << rapid.SampledFrom([]int{0, 40}).Draw(t, "shift")
+			switch rapid.IntRange(0, 9).Draw(t, "what") {
+			case 0:
+				c.drop(pfn)
+				delete(model, pfn)
+			case 1:
+				if rapid.IntRange(0, 9).Draw(t, "really") == 0 {
+					c.reset()
+					clear(model)
+				}
+			default:
+				p := c.get(pfn)
+				if b, ok := model[pfn]; p != nil && (!ok || p[99] != b) {
+					t.Fatalf("page %v is wrong", pfn)
+				} else if p == nil && ok && len(model) <= size {
+					t.Fatalf("page %v is missing, of %d", pfn, len(model))
+				}
+				if p == nil {
+					p = c.put(pfn)
+				}
+				if (p == nil) != (size == 0) {
+					t.Fatalf("no room in a cache of %d", size)
+				}
+				if p != nil {
+					p[99]++
+					model[pfn] = p[99]
+				}
+			}
+			n := 0
+			for pfn := range model {
+				if i := c.find(pfn); c.index[i] != 0 {
+					n++
+				} else if len(model) > size {
+					delete(model, pfn) // evicted
+				}
+			}
+			used := 0
+			for _, slot := range c.index {
+				if slot != 0 {
+					used++
+				}
+			}
+			if used != n || n > size {
+				t.Fatalf("%d pages of %d, %d in the index", n, size, used)
+			}
+		}
+	})
 }
 
 func FuzzDecode(f *testing.F) {
