@@ -8,12 +8,12 @@ import "math/bits"
 //
 // Which page has to go is decided by a clock with a count: a page that is found
 // again gains a turn, up to maxTurns, and loses one whenever the hand passes. A
-// page that was put in and never found again goes first, so a pass over all of
-// the guest's memory does not drive out what is dirty all the time.
+// page that was put in and never found again goes first, so that what is dirty
+// once does not drive out what is dirty all the time.
 type cache struct {
 	pages []byte   // of each slot
 	pfns  []PFN    // of each slot
-	turns []uint8  // of each slot; free slots have noTurns
+	turns []uint8  // of each slot
 	free  []uint32 // slots below used that are free
 	used  uint32   // slots from here on were never used
 	hand  uint32
@@ -22,10 +22,7 @@ type cache struct {
 	shift uint8
 }
 
-const (
-	maxTurns = 3
-	noTurns  = 0xff
-)
+const maxTurns = 3
 
 // maxCache bounds the number of pages, so that slots fit their type: 8 TiB.
 const maxCache = 1 << 31
@@ -117,7 +114,6 @@ func (c *cache) drop(pfn PFN) {
 	}
 	slot := c.index[i] - 1
 	c.unlink(i)
-	c.turns[slot] = noTurns
 	c.free = append(c.free, slot)
 }
 
