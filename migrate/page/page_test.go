@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -112,6 +113,19 @@ func (s *sample) decode(b []byte) (page []byte, err error) {
 		page = bytes.Clone(data)
 		return nil
 	})
+	// Both ways to decode agree, and an error leaves what was there.
+	before := []PFN{1}
+	pfns, pages, err2 := d.AppendPages(before, zero[:Size:Size], b)
+	switch {
+	case fmt.Sprint(err) != fmt.Sprint(err2):
+		err = fmt.Errorf("decoded straight: %v; appended: %v", err, err2)
+	case err == nil && page == nil || err != nil:
+		if len(pfns) != 1 || len(pages) != Size {
+			err = fmt.Errorf("%v; appended all the same: %v", err, pfns)
+		}
+	case !slices.Equal(pfns, []PFN{1, 7}) || !bytes.Equal(pages[Size:], page):
+		err = fmt.Errorf("appended: %v", pfns)
+	}
 	return page, err
 }
 
@@ -265,6 +279,10 @@ func TestNoAllocation(t *testing.T) {
 		out := func(PFN, []byte) error { return nil }
 		if n := testing.AllocsPerRun(500, func() { d.Decode(s.record, out) }); n != 0 {
 			t.Errorf("decoding %s allocates %v times", s.name, n)
+		}
+		pfns, data := make([]PFN, 0, 1), make([]byte, 0, Size)
+		if n := testing.AllocsPerRun(500, func() { d.AppendPages(pfns, data, s.record) }); n != 0 {
+			t.Errorf("appending %s allocates %v times", s.name, n)
 		}
 	}
 }
@@ -422,11 +440,15 @@ func FuzzDecode(f *testing.F) {
 			if pfn >= guestPages || len(data) != Size {
 				t.Fatalf("page %v of %d bytes", pfn, len(data))
 			}
-			n += headerSize
+			n++
 			return nil
 		})
-		if n > len(b) || err != nil && !errors.Is(err, ErrFormat) && !errors.Is(err, ErrBase) {
-			t.Fatalf("%d bytes of headers in %d: %v", n, len(b), err)
+		pfns, data, err2 := d.AppendPages(nil, nil, b)
+		if fmt.Sprint(err) != fmt.Sprint(err2) || err == nil && len(pfns) != n || len(data) != len(pfns)*Size {
+			t.Fatalf("%d pages, %v; appended: %d, %v", n, err, len(pfns), err2)
+		}
+		if n > MaxPages(len(b)) || err != nil && !errors.Is(err, ErrFormat) && !errors.Is(err, ErrBase) {
+			t.Fatalf("%d pages of %d bytes: %v", n, len(b), err)
 		}
 	})
 }
