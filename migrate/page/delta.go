@@ -109,14 +109,33 @@ func patch(p *[Size]byte, delta []byte) bool {
 			return false
 		}
 		to := (*[lineSize]byte)(p[bits.TrailingZeros64(changed)*lineSize:])
-		at := 0
-		for j := 0; j < lineSize; j += wordSize {
-			n := lengths & 15
-			x := binary.LittleEndian.Uint64(l[4+at&63:]) & low[n]
-			binary.LittleEndian.PutUint64(to[j:], binary.LittleEndian.Uint64(to[j:])^x)
-			lengths >>= 4
-			at += int(n)
+		if lengths == 0x88888888 { // common where a line is new: text, noise
+			for j := 0; j < lineSize; j += wordSize {
+				binary.LittleEndian.PutUint64(to[j:], binary.LittleEndian.Uint64(to[j:])^binary.LittleEndian.Uint64(l[4+j:]))
+			}
+			if len(delta) < maxLine {
+				return false
+			}
+			delta = delta[maxLine:]
+			continue
 		}
+		at := 0
+		binary.LittleEndian.PutUint64(to[0:], word(to, 0)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>0&15])
+		at += int(lengths >> 0 & 15)
+		binary.LittleEndian.PutUint64(to[8:], word(to, 1)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>4&15])
+		at += int(lengths >> 4 & 15)
+		binary.LittleEndian.PutUint64(to[16:], word(to, 2)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>8&15])
+		at += int(lengths >> 8 & 15)
+		binary.LittleEndian.PutUint64(to[24:], word(to, 3)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>12&15])
+		at += int(lengths >> 12 & 15)
+		binary.LittleEndian.PutUint64(to[32:], word(to, 4)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>16&15])
+		at += int(lengths >> 16 & 15)
+		binary.LittleEndian.PutUint64(to[40:], word(to, 5)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>20&15])
+		at += int(lengths >> 20 & 15)
+		binary.LittleEndian.PutUint64(to[48:], word(to, 6)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>24&15])
+		at += int(lengths >> 24 & 15)
+		binary.LittleEndian.PutUint64(to[56:], word(to, 7)^binary.LittleEndian.Uint64(l[4+at&63:])&low[lengths>>28&15])
+		at += int(lengths >> 28 & 15)
 		if len(delta) < 4+at {
 			return false
 		}
