@@ -1,0 +1,104 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"kemari/migrate/bench"
+	"kemari/migrate/page"
+	"kemari/migrate/xen"
+)
+
+func headers() []byte {
+	b := append(bytes.Repeat([]byte{0xff}, 8), "XENF\x00\x00\x00\x03\x00\x00\x00\x00\x00\x00\x00\x00"...)
+	return append(b, 2, 0, 0, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+}
+
+func appendRecord(b []byte, typ xen.RecordType, body []byte) []byte {
+	b = binary.LittleEndian.AppendUint32(b, uint32(typ))
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(body)))
+	b = append(b, body...)
+	return append(b, make([]byte, -len(body)&7)...)
+}
+
+// pageData is a PAGE_DATA body: each page is filled with its number plus add. Those
+// of type XTAB have no content.
+func pageData(add byte, pfns ...uint64) []byte {
+	b := binary.LittleEndian.AppendUint64(nil, uint64(len(pfns)))
+	for _, p := range pfns {
+		b = binary.LittleEndian.AppendUint64(b, p)
+	}
+	for _, p := range pfns {
+		if p>>60 != 0xf {
+			b = append(b, bytes.Repeat([]byte{byte(p) + add}, page.Size)...)
+		}
+	}
+	return b
+}
+
+func TestRecord(t *testing.T) {
+	s := headers()
+	s = appendRecord(s, xen.RecordStaticDataEnd, nil)
+	s = appendRecord(s, xen.RecordPageData, pageData(0, 1, 0xf<<60|2, 3))
+	s = appendRecord(s, xen.RecordHVMContext, []byte("context"))
+	s = appendRecord(s, xen.RecordCheckpoint, nil)
+	s = appendRecord(s, xen.RecordPageData, pageData(1, 3))
+	s = appendRecord(s, xen.RecordCheckpoint, nil)
+	s = appendRecord(s, xen.RecordPageData, pageData(2, 3, 1))
+	s = appendRecord(s, xen.RecordCheckpoint, nil)
+	whole := len(s)
+	s = appendRecord(s, xen.RecordPageData, pageData(3, 3))
+	for _, c := range []struct {
+		name    string
+		stream  []byte
+		epochs  int
+		pages   []int
+		refused bool
+	}{
+		{"all", s[:whole], 0, []int{2, 1, 2}, false},
+		{"cut in an epoch", s, 0, []int{2, 1, 2}, false},
+		{"cut in a record", s[:len(s)-5], 0, []int{2, 1, 2}, false},
+		{"one", s, 1, []int{1, 1}, false},
+		{"no stream", make([]byte, 100), 0, nil, true},
+	} {
+		file := filepath.Join(t.TempDir(), "x.trace.zst")
+		err := record(bytes.NewReader(c.stream), file, "a test", 1, 0, c.epochs)
+		if c.refused {
+			if err == nil {
+				t.Errorf("%s: taken", c.name)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		traces, err := bench.Files([]string{file})
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		x := traces["x"]
+		if x.About != "a test" || len(x.Epochs) != len(c.pages) {
+			t.Errorf("%s: %q, %d epochs", c.name, x.About, len(x.Epochs))
+			continue
+		}
+		for i, n := range c.pages {
+			e := &x.Epochs[i]
+			if len(e.PFNs) != n {
+				t.Errorf("%s: epoch %d has %d pages", c.name, i, len(e.PFNs))
+			}
+			for j, pfn := range e.PFNs {
+				if want := byte(pfn) + byte(i); e.Page(j)[0] != want {
+					t.Errorf("%s: epoch %d, page %v: %d, want %d", c.name, i, pfn, e.Page(j)[0], want)
+				}
+			}
+		}
+		var text strings.Builder
+		if err := showFile(&text, file); err != nil || !strings.Contains(text.String(), "x: a test\nepoch 0: ") {
+			t.Errorf("%s: %q, %v", c.name, text.String(), err)
+		}
+	}
+}
