@@ -23,6 +23,7 @@ help:
 	@echo 'make demo     protect a guest between two emulated hosts and cut the first one'"'"'s power'
 	@echo 'make test     every test, those in the two-host laboratory included'
 	@echo 'make unit     the tests that need no laboratory'
+	@echo 'make bench    what migrate/bench/SPEC.md promises, a line each'
 	@echo 'make build    the programs, in bin/'
 	@echo 'make install  into $$(DESTDIR)$$(PREFIX)'
 	@echo 'make lint     go vet, staticcheck, shellcheck'
@@ -45,11 +46,16 @@ test: lint unit lab-test
 unit: prepare
 	$(GO) test -tags $(TAGS) $$($(GO) list -tags $(TAGS) ./... | grep -v /virsh-examples/lab$$)
 	@# What must not need cgo is built without it.
-	CGO_ENABLED=0 $(GO) build ./xml/... ./hooks/... ./driver ./driver/rpc/... ./driver/cmd/virtkemarid ./migrate ./migrate/wire ./migrate/control ./migrate/output ./migrate/shadow ./migrate/xen ./migrate/cmd/...
+	CGO_ENABLED=0 $(GO) build ./xml/... ./hooks/... ./driver ./driver/rpc/... ./driver/cmd/virtkemarid ./migrate ./migrate/wire ./migrate/page ./migrate/bench/... ./migrate/control ./migrate/output ./migrate/shadow ./migrate/xen ./migrate/cmd/...
 
 .PHONY: lab-test
 lab-test: prepare
 	$(GO) test -tags $(TAGS) -count=1 -timeout 60m -v ./virsh-examples/lab
+
+# Commands that measure promises of the laboratory go below the first.
+.PHONY: bench
+bench: prepare
+	$(GO) run ./migrate/bench/cmd/bench
 
 .PHONY: lint
 lint: prepare
