@@ -68,7 +68,7 @@ func TestSpec(t *testing.T) {
 		t.Fatal(err)
 	}
 	var got []string
-	for _, m := range regexp.MustCompile("(?m)^BENCH name=(\\S+) value=[0-9.e+]+\\S* bound=[<>]=([0-9.]+)\\S* ok=(?:true|false)$").FindAllStringSubmatch(out.String(), -1) {
+	for _, m := range regexp.MustCompile(`(?m)^BENCH name=(\S+) value=[0-9.e+]+\S* bound=[<>]=([0-9.]+)\S* ok=(?:true|false)$`).FindAllStringSubmatch(out.String(), -1) {
 		got = append(got, m[1]+" "+m[2])
 	}
 	if !slices.Equal(got, want) {

@@ -24,8 +24,8 @@ type cache struct {
 
 const maxTurns = 3
 
-// maxCache bounds the number of pages, so that slots fit their type: 8 TiB.
-const maxCache = 1 << 31
+// maxCache bounds the number of pages, so that slots fit their type: 4 TiB.
+const maxCache = 1 << 30
 
 func newCache(pages int) *cache {
 	pages = max(0, min(pages, maxCache))

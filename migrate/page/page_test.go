@@ -2,10 +2,12 @@ package page
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -259,34 +261,6 @@ func TestOutOfStep(t *testing.T) {
 	})
 }
 
-func TestNoAllocation(t *testing.T) {
-	r := rand.New(rand.NewPCG(1, 2))
-	var pages [16][Size]byte
-	e, buf := NewEncoder(8), make([]byte, 0, 64*MaxEncoded)
-	n := testing.AllocsPerRun(500, func() {
-		buf = buf[:0]
-		for i := range pages {
-			scribble(r, &pages[i])
-			buf = e.Append(buf, PFN(i), pages[i][:])
-		}
-		e.Forget(3)
-	})
-	if n != 0 {
-		t.Errorf("encoding 16 pages allocates %v times", n)
-	}
-	for _, s := range samples() {
-		d := NewDecoder(guestPages, func(_ PFN, dst []byte) error { copy(dst, s.base[:]); return nil })
-		out := func(PFN, []byte) error { return nil }
-		if n := testing.AllocsPerRun(500, func() { d.Decode(s.record, out) }); n != 0 {
-			t.Errorf("decoding %s allocates %v times", s.name, n)
-		}
-		pfns, data := make([]PFN, 0, 1), make([]byte, 0, Size)
-		if n := testing.AllocsPerRun(500, func() { d.AppendPages(pfns, data, s.record) }); n != 0 {
-			t.Errorf("appending %s allocates %v times", s.name, n)
-		}
-	}
-}
-
 // Compressing is given up where it does not pay, and taken up where it does again.
 func TestCompressionAdapts(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
@@ -427,6 +401,63 @@ func TestCache(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What a record says of lengths is looked at before anything is done about it.
+func TestHostileLengths(t *testing.T) {
+	rec := func(k kind, n int, pfn PFN, body ...byte) []byte {
+		b := binary.BigEndian.AppendUint64(nil, uint64(k)<<61|uint64(n)<<48|uint64(pfn))
+		return append(append(b, 0, 0, 0, 0), body...)
+	}
+	huge := binary.AppendUvarint(nil, 0xffffffff)
+	for name, b := range map[string][]byte{
+		"no kind":             make([]byte, headerSize),
+		"unknown kind":        rec(kindLast+1, 0, 7),
+		"last kind":           rec(7, 0, 7),
+		"zero with payload":   rec(kindZero, 1, 7, 0),
+		"raw without":         rec(kindRaw, 0, 7),
+		"raw too short":       rec(kindRaw, Size-1, 7, zero[1:]...),
+		"raw too long":        rec(kindRaw, Size+1, 7, append([]byte{0}, zero[:]...)...),
+		"beyond the end":      rec(kindRaw, 0x1fff, 7, zero[:]...),
+		"outside the guest":   rec(kindZero, 0, guestPages),
+		"far outside":         rec(kindZero, 0, MaxPFN),
+		"S2 of nothing":       rec(kindS2, 0, 7),
+		"S2 of four GiB":      rec(kindS2, len(huge), 7, huge...),
+		"S2 of a page, empty": rec(kindS2, 2, 7, 0x80, 0x20),
+		"delta of nothing":    rec(kindDelta, 0, 7),
+		"delta of no line":    rec(kindDelta, 8, 7, make([]byte, 8)...),
+	} {
+		d := NewDecoder(guestPages, func(PFN, []byte) error { return nil })
+		out := func(PFN, []byte) error { t.Errorf("%s: comes out", name); return nil }
+		if err := d.Decode(b, out); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", name, err)
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for range 100 {
+			d.Decode(b, out)
+		}
+		runtime.ReadMemStats(&after)
+		if n := (after.TotalAlloc - before.TotalAlloc) / 100; n > 2000 {
+			t.Errorf("%s: %d bytes are allocated", name, n)
+		}
+	}
+}
+
+// A page the standby never had is as much out of step as one it has otherwise.
+func TestNoBase(t *testing.T) {
+	e, other := NewEncoder(1), make(standby)
+	p := zero
+	p[9] = 9
+	e.Append(nil, 7, p[:]) // lost
+	p[9] = 10
+	if err := other.receive(e.Append(nil, 7, p[:])); !errors.Is(err, ErrBase) {
+		t.Errorf("got %v", err)
+	}
+	stop := errors.New("enough")
+	if err := NewDecoder(8, other.base).Decode(NewEncoder(0).Append(nil, 7, p[:]), func(PFN, []byte) error { return stop }); err != stop {
+		t.Errorf("the receiver's error became %v", err)
+	}
 }
 
 func FuzzDecode(f *testing.F) {
