@@ -58,7 +58,7 @@ func Native(w io.Writer, recorded, others map[string]*trace.Trace, rounds int) (
 	warm, cold := Bitmap(64<<30, 1000, 10*rounds)
 	info("bitmap-scan-64GiB-cold", float64(cold.Nanoseconds())/1e3, "us")
 
-	capture, memcpy, err := Capture(512<<20, 4096, rounds)
+	capture, memcpy, err := Capture(256<<20, 4096, rounds)
 	if err != nil {
 		return false, err
 	}

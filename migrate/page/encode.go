@@ -28,8 +28,9 @@ type Stats struct {
 func (e *Encoder) Stats() Stats { return e.stats }
 
 // NewEncoder returns an Encoder that knows of no page what the standby has, and
-// keeps at most cachePages of them: some 4112 bytes each. With 0 it never sends a
-// delta, nor leaves a page out.
+// keeps at most cachePages of them: some 4120 bytes each, on the heap but without
+// pointers, in use once a page is. With 0 it never sends a delta, nor leaves a page
+// out.
 func NewEncoder(cachePages int) *Encoder {
 	return &Encoder{cache: newCache(cachePages), squeezed: make([]byte, s2.MaxEncodedLen(Size))}
 }
