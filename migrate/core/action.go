@@ -93,7 +93,8 @@ const (
 	DropCopy
 
 	// Finish is the last action: protection is over for Reason. Everything is closed,
-	// log-dirty is off, the guest is left as it is.
+	// log-dirty is off, the guest is left as it is. A grant for a time is renewed no
+	// more: who else may have the guest is not this protection's any longer.
 	// Before, on the primary: Flow, or Destroyed.
 	Finish
 )

@@ -60,7 +60,8 @@
 //
 //	refused   if its record is of a later generation, or is of this one, in a round
 //	          >= Since, and names another host
-//	granted   else, and the record becomes {generation, Round, asker}
+//	granted   else, and the record becomes {generation, Round, asker}, but that the
+//	          round never goes back
 //
 // Asking again is harmless, and a question that was given up, but still reaches
 // the arbiter, binds nobody: the round it was asked in is over.

@@ -89,12 +89,14 @@ type Primary struct {
 	beatAt               Time // next heartbeat
 	heard                Time // last message
 	echoed               Time // last stamp the standby has told: its promise counts from it
+	shy                  bool // a Hello led nowhere: the arbiter answers before the next one
 	lost                 Time // when the standby was lost, Never if it is there
 	ever                 bool // it had a committed epoch once
 
 	// The epoch under way, and the ones before. next is not used for two contents
 	// that the standby could mix up.
 	committed, next Epoch
+	floor           Epoch // the oldest the standby may run, when covered: what left is in it
 	epoch           Epoch // under way, while work is not idle
 	sent            Round // captured was sent in this round; 0: not yet
 	lastSent        Epoch
@@ -102,7 +104,8 @@ type Primary struct {
 	base            Epoch // of a copy: what the standby was last equal to
 	passes, pages   int
 	full            bool // the epoch under way has passes, so it cannot be sent again from the buffer
-	recopy          bool // the next epoch must hold every page
+	all             bool // the epoch under way holds every page, since it is not known which changed
+	recopy          bool // the next one has to
 	drop            bool // what is being copied or captured is of no use any more
 	refusals        int
 
@@ -258,6 +261,7 @@ func (p *Primary) received(m *Message) {
 		p.refuse(BadGeneration)
 		return
 	}
+	p.heard = p.now
 	switch {
 	case m.Type == Refuse && m.Reason == Silence:
 		p.closed() // nobody did anything wrong
@@ -268,9 +272,8 @@ func (p *Primary) received(m *Message) {
 	case p.link == greeting && m.Type == Welcome && m.Echo <= p.now:
 		p.welcomed(m)
 	case p.link == up && m.Type == Heartbeat && m.Echo <= p.now:
-		p.alive(m.Echo)
+		p.echoed = max(p.echoed, m.Echo)
 	case p.link == up && m.Type == Ack:
-		p.alive(0)
 		if p.work != captured || p.sent != p.round || m.Epoch != p.epoch {
 			p.refuse(OutOfOrder)
 			return
@@ -279,10 +282,6 @@ func (p *Primary) received(m *Message) {
 	default:
 		p.refuse(BadMessage)
 	}
-}
-
-func (p *Primary) alive(echo Time) {
-	p.heard, p.echoed = p.now, max(p.echoed, echo)
 }
 
 // covered: the standby may have a copy that it may run.
@@ -298,7 +297,7 @@ func (p *Primary) greet() {
 	}
 	p.ask.giveUp()
 	p.send(Message{
-		Type: Hello, Epoch: p.committed, Next: p.next, Alone: !p.covered(),
+		Type: Hello, Epoch: p.floor, Next: p.next, Alone: !p.covered(),
 		Stamp: p.now, Timeout: p.cfg.Timeout,
 	})
 }
@@ -315,7 +314,7 @@ func (p *Primary) welcomed(m *Message) {
 	}
 	p.link, p.joined = up, p.round
 	p.beatAt, p.greetBy, p.lost = p.now, Never, Never
-	p.alive(m.Echo)
+	p.echoed = max(p.echoed, m.Echo)
 	if !m.Armed {
 		p.base = 0
 		if m.Epoch != 0 && (m.Epoch == p.committed || m.Epoch == p.lastSent) {
@@ -334,8 +333,8 @@ func (p *Primary) welcomed(m *Message) {
 		p.commit()
 	case p.full || p.refusals > 1:
 		// The buffer holds only its last pass, or what was refused again and again.
-		p.discard()
 		p.recopy = true
+		p.discard()
 	case !p.ending:
 		p.transmit()
 	}
@@ -357,11 +356,13 @@ func (p *Primary) unarmed() {
 func (p *Primary) discard() {
 	p.do(Action{Kind: Discard, Epoch: p.epoch})
 	p.work, p.drop = idle, false
+	p.recopy = p.recopy || p.all
 }
 
 func (p *Primary) cancel() {
 	if (p.work == passing || p.work == capturing) && !p.drop {
 		p.drop = true
+		p.recopy = p.recopy || p.all
 		p.do(Action{Kind: Cancel, Epoch: p.epoch})
 	}
 }
@@ -378,6 +379,9 @@ func (p *Primary) lapse() {
 	// Nothing that still comes in this round may count: what we ask is about it.
 	p.hangUp(Silence)
 	p.ask.at = p.now
+	if p.now >= p.endBy { // a standby that does not confirm is tried again only if nobody answers
+		p.shy, p.endBy = true, p.now.Add(endPatience)
+	}
 }
 
 // refuse closes the connection with a word, so that the other side makes no more
@@ -390,8 +394,8 @@ func (p *Primary) refuse(why Reason) {
 func (p *Primary) hangUp(why Reason) {
 	if p.link == greeting || p.link == up {
 		p.send(Message{Type: Refuse, Reason: why})
+		p.closed()
 	}
-	p.closed()
 }
 
 func (p *Primary) closed() {
@@ -412,6 +416,7 @@ func (p *Primary) refused() {
 
 // broken: there is no connection any more; the next Dial is at again.
 func (p *Primary) broken(again Time) {
+	p.shy = p.state == Asking && p.link == greeting
 	p.link, p.dialAt = down, again
 	p.greetBy, p.beatAt = Never, Never
 	if p.lost == Never {
@@ -421,9 +426,7 @@ func (p *Primary) broken(again Time) {
 	case p.state == Copying:
 		p.unarmed()
 	case p.full && (p.work == passing || p.work == capturing):
-		// The standby drops what it has staged of it.
-		p.recopy = true
-		p.cancel()
+		p.cancel() // the standby drops what it has staged of it
 	}
 }
 
@@ -435,10 +438,10 @@ func (p *Primary) standbyEnded() {
 
 // copy begins the first pass of an epoch that has passes.
 func (p *Primary) copy() {
-	all := p.recopy || p.state == Protected || p.base == 0
+	p.all = p.recopy || p.base == 0 || p.state == Protected
 	p.work, p.epoch, p.full, p.passes, p.sent = passing, p.next, true, 0, 0
 	p.recopy = false
-	p.do(Action{Kind: Copy, Round: p.round, Epoch: p.epoch, Base: p.base, Full: all, Cold: p.cold()})
+	p.do(Action{Kind: Copy, Round: p.round, Epoch: p.epoch, Base: p.base, Full: p.all, Cold: p.cold()})
 }
 
 // cold reports whether nothing was sent yet in this round.
@@ -486,7 +489,7 @@ func (p *Primary) capture(e *Event) {
 	}
 	if p.state == Copying {
 		// From here on the standby may become armed; if at all, it does so after now.
-		p.state = Protected
+		p.state, p.floor = Protected, p.epoch
 		p.echoed, p.heard = p.now, p.now
 		p.ask.reset()
 	}
@@ -502,7 +505,7 @@ func (p *Primary) transmit() {
 // commit: the standby has the epoch under way, whole.
 func (p *Primary) commit() {
 	p.do(Action{Kind: Release, Epoch: p.epoch})
-	p.committed, p.next = p.epoch, p.epoch+1
+	p.committed, p.floor, p.next = p.epoch, p.epoch, p.epoch+1
 	p.work, p.sealed, p.refusals, p.ever = idle, false, 0, true
 }
 
@@ -511,6 +514,7 @@ func (p *Primary) answered(e *Event) {
 	if !p.ask.answered(e, p.now, &p.cfg) {
 		return
 	}
+	p.shy = false
 	switch {
 	case e.Verdict == Denied && p.state == Asking:
 		p.destroy(TakenOver)
@@ -650,7 +654,7 @@ func (p *Primary) connect() {
 }
 
 func (p *Primary) dials() bool {
-	return p.link == down && p.hello != maxRound && (!p.ending || p.covered())
+	return p.link == down && !p.shy && p.hello != maxRound && (!p.ending || p.covered())
 }
 
 // asks reports whether the arbiter is to be asked as soon as ask.at has come. While
@@ -668,7 +672,7 @@ func (p *Primary) begin() {
 	case p.state == Copying || p.recopy:
 		p.copy()
 	case p.now >= p.policy.due(&p.set):
-		p.epoch, p.full = p.next, false
+		p.epoch, p.full, p.all = p.next, false, false
 		p.checkpoint()
 	}
 }

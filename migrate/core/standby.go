@@ -367,7 +367,7 @@ func (s *Standby) run() {
 		s.beatAt = s.now.Add(s.cfg.Interval)
 		s.send(Message{Type: Heartbeat, Echo: s.stamp})
 	}
-	if s.state == TakingOver && !s.took && s.now >= s.dueAt {
+	if s.state == TakingOver && !s.took && s.now >= s.dueAt && s.now < s.ask.until {
 		s.took = true
 		s.do(Action{Kind: TakeOver, Epoch: s.epoch})
 	}
@@ -440,7 +440,7 @@ func (s *Standby) Deadline() Time {
 	if s.state < TakingOver {
 		t = min(t, s.beatAt)
 	}
-	if s.state == TakingOver && !s.took {
+	if s.state == TakingOver && !s.took && s.now < s.ask.until {
 		t = min(t, s.dueAt)
 	}
 	if s.state == Active && !s.pause {

@@ -171,9 +171,9 @@ type Message struct {
 	Generation Generation
 	Round      Round
 
-	Epoch Epoch // Hello: the last one known to be committed. Welcome: the last one that is
+	Epoch Epoch // Hello: the oldest that may be run. Welcome: the last that is committed
 	Next  Epoch // Hello: the one that will be sent next, unless the standby has it
-	Alone bool  // Hello: more than the committed epoch's output may have left: do not run what you have
+	Alone bool  // Hello: none may be run, output leaves as it comes
 	Armed bool  // Welcome: the copy may be run, and is of Epoch; else Epoch is what it was last equal to
 
 	Stamp   Time          // the primary's clock when it sent this
