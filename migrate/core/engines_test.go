@@ -274,6 +274,9 @@ func (w *world) actStandby(a *core.Action) {
 	case core.Unstage:
 		w.stMask = 0
 	case core.Commit:
+		if w.unapplied {
+			w.violate("exact state: an epoch was not applied before the next one")
+		}
 		w.comDepth, w.comMem = w.in.depth, w.in.want
 		w.unapplied = true
 		if w.stMask == 0 {
@@ -291,6 +294,12 @@ func (w *world) actStandby(a *core.Action) {
 		}
 		if w.smem != w.comMem {
 			w.violate("exact state: the standby runs %v, epoch %d was %v", w.smem, a.Epoch, w.comMem)
+		}
+		if w.stMask != 0 {
+			w.violate("exact state: a part of another epoch is still staged")
+		}
+		if w.sTold && !w.operator {
+			w.violate("nothing lost: the standby takes over, told that the primary goes on alone")
 		}
 		w.running, w.fork = true, w.comDepth
 		real := w.now-w.sHeard >= simTimeout-simTimeout/200 && !w.sClean
@@ -478,13 +487,22 @@ func (w *world) frame(it item) {
 			}
 		}
 		w.step(primary, core.Event{Kind: core.Received, Message: f.m})
+		if genuine && f.m.Type == core.Over && w.p.State() != core.PrimaryOver && w.guest && !w.paused {
+			w.violate("one runner: the primary was told that the guest runs elsewhere, and goes on")
+		}
 		return
 	}
 	if w.s == nil {
 		return
 	}
 	if genuine && f.m.Type == core.Hello && f.m.Round > w.rxRound {
-		w.rxRound, w.sClean = f.m.Round, false
+		w.rxRound, w.sClean, w.sTold = f.m.Round, false, f.m.Alone
+	}
+	if genuine && c.round == w.rxRound && f.m.Type == core.Refuse && f.m.Reason == core.GoingAlone {
+		w.sTold = true
+	}
+	if f.m.Type == core.EpochEnd {
+		w.sTold = false
 	}
 	if genuine && c.round == w.rxRound {
 		w.sHeard = w.now

@@ -130,25 +130,26 @@ type world struct {
 	outside         uint32
 
 	// The standby's copy.
-	copyThere        bool
-	smem, staging    [memory]uint32
-	stMask           uint8
-	stDepth          uint32
-	unapplied        bool
-	comDepth         uint32
-	comMem           [memory]uint32
-	in               frame // being received
-	rx               core.Tally
-	unfit            bool
-	rxEpoch          core.Epoch
-	rxRound          core.Round
-	sHeard           core.Time
-	sClean           bool
-	running          bool // its guest
-	sPaused          bool
-	fork             uint32
-	fair             bool // the take-over was one that excuses two runners
-	sEnded, operator bool
+	copyThere     bool
+	smem, staging [memory]uint32
+	stMask        uint8
+	stDepth       uint32
+	unapplied     bool
+	comDepth      uint32
+	comMem        [memory]uint32
+	in            frame // being received
+	rx            core.Tally
+	unfit         bool
+	rxEpoch       core.Epoch
+	rxRound       core.Round
+	sHeard        core.Time
+	sClean        bool
+	running       bool // its guest
+	sPaused       bool
+	fork          uint32
+	fair          bool // the take-over was one that excuses two runners
+	sTold         bool // that the primary goes on alone
+	operator      bool
 
 	faults  []fault
 	next    int
