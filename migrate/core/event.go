@@ -24,7 +24,7 @@ const (
 	LogFull          // the write log has no more room
 	DirtyLost        // log-dirty was off for a while: what the guest changed is not known
 	GuestEnded       // the guest shut down, crashed or was destroyed by somebody else
-	Change           // the operator changed the Settings
+	Change           // the operator changed the Settings; what Validate refuses is ignored
 	Destroyed        // Destroy: done
 
 	// Of the standby.

@@ -234,7 +234,9 @@ func (p *Primary) event(e *Event) {
 		p.gone = true
 		p.end(GuestGone)
 	case Change:
-		p.set = e.Settings
+		if e.Settings.Validate() == nil {
+			p.set = e.Settings
+		}
 	case Destroyed:
 		if p.state == Destroying {
 			p.finish()

@@ -190,6 +190,11 @@ func (s *Standby) received(e *Event) {
 			s.up, s.round = true, m.Round
 		}
 		return
+	case m.Type == Hello && m.Timeout > s.cfg.Setup:
+		// We could not promise to bear that.
+		s.reply(m.Round, Message{Type: Refuse, Reason: BadMessage})
+		s.do(Action{Kind: Close, Round: m.Round})
+		return
 	case m.Type == Hello && m.Round > s.round:
 		s.greeted(m)
 		return

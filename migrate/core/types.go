@@ -23,9 +23,9 @@ type Time int64
 // Never is later than any time.
 const Never Time = math.MaxInt64
 
-// Add returns t plus d, Never for Never.
+// Add returns t plus d, at most Never.
 func (t Time) Add(d time.Duration) Time {
-	if t == Never {
+	if d > 0 && t > Never-Time(d) || t == Never {
 		return Never
 	}
 	return t + Time(d)
