@@ -36,7 +36,7 @@ var mutants = []mutant{
 		"output commit",
 	},
 	{
-		"silence is borne for the time-out", "primary.go",
+		"silence is borne for the time-out", "primary_time.go",
 		edit("min(p.heard.Add(p.cfg.Timeout),", "min(p.heard.Add(p.cfg.Timeout/2),"),
 		"output commit",
 	},
@@ -86,22 +86,22 @@ var mutants = []mutant{
 		"one runner",
 	},
 	{
-		"a promise counts from the stamp, not from when it is heard", "primary.go",
+		"a promise counts from the stamp, not from when it is heard", "primary_time.go",
 		edit("p.echoed.Add(p.cfg.Timeout-p.cfg.Margin)", "p.heard.Add(p.cfg.Timeout-p.cfg.Margin)"),
 		"one runner",
 	},
 	{
-		"the primary stops a margin before the promise ends", "primary.go",
+		"the primary stops a margin before the promise ends", "primary_time.go",
 		edit("p.echoed.Add(p.cfg.Timeout-p.cfg.Margin)", "p.echoed.Add(p.cfg.Timeout)"),
 		"one runner",
 	},
 	{
-		"the guest is paused while the arbiter is asked", "primary.go",
+		"the guest is paused while the arbiter is asked", "primary_time.go",
 		edit("p.pause(p.state == Asking ||", "p.pause("),
 		"one runner",
 	},
 	{
-		"the primary pauses at the end of its grant", "primary.go",
+		"the primary pauses at the end of its grant", "primary_time.go",
 		edit("|| p.uncovered() && p.now >= p.ask.until)", ")"),
 		"one runner",
 	},
@@ -111,7 +111,7 @@ var mutants = []mutant{
 		"",
 	},
 	{
-		"a question covers every round the standby may be in", "primary.go",
+		"a question covers every round the standby may be in", "primary_time.go",
 		edit("p.joined, p.hello})", "p.hello, p.hello})"),
 		"",
 	},
@@ -161,12 +161,12 @@ var mutants = []mutant{
 		"",
 	},
 	{
-		"output flows only when no checkpoint is being taken", "primary.go",
+		"output flows only when no checkpoint is being taken", "primary_time.go",
 		edit("if p.uncovered() && p.held && p.work != capturing {", "if p.uncovered() && p.held {"),
 		"",
 	},
 	{
-		"a request to end leads to an end", "primary.go",
+		"a request to end leads to an end", "primary_time.go",
 		edit("p.told != p.round {", "p.told != p.round && p.epoch == 0 {"),
 		"",
 	},
