@@ -58,10 +58,11 @@ const (
 	// Flow lets out all held output and holds no more until the next Seal.
 	// Before: no standby has a copy it may run (it said so, or was never sent one),
 	// or the arbiter granted to go on alone; or, without an arbiter, silence was borne
-	// for the time-out.
+	// for the time-out, or the end was not confirmed in time.
 	Flow
 	// Pause stops the guest where it stands; Resume undoes it. They nest with a
-	// Checkpoint's suspension. Idempotent.
+	// Checkpoint's suspension, and a guest that is being taken over does not begin to
+	// run in between. Idempotent.
 	// Before Resume: a promise of the standby or a grant of the arbiter that lasts.
 	Pause
 	Resume

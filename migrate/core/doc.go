@@ -85,8 +85,9 @@
 // the time-out on a connection that was not closed, and the primary goes on alone
 // as before. Each of both knows only that it hears nothing: if both live, both
 // run, and the outside may hear both, until they hear each other. One runner and
-// nothing lost do not hold then. Exact state does, on both; and each lets nothing
-// out uncommitted before it has borne the silence.
+// nothing lost do not hold then. Exact state does, on both; and the primary lets
+// nothing out uncommitted before it has borne the silence, or has waited in vain
+// for the standby to confirm the end.
 //
 // A primary whose process is killed cannot stop its guest. What was started to
 // clean up behind it (RecoverPrimary) has to do so within the time-out less the

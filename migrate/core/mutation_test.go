@@ -82,7 +82,7 @@ var mutants = []mutant{
 	},
 	{
 		"whoever took over on a grant pauses at its end", "standby.go",
-		edit("s.state == Active && s.now >= s.ask.until; lapsed", "s.state == Active && s.now >= s.ask.until && s.epoch == 0; lapsed"),
+		edit("s.took && s.now >= s.ask.until; lapsed", "s.took && s.now >= s.ask.until && s.epoch == 0; lapsed"),
 		"one runner",
 	},
 	{

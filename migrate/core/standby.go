@@ -57,7 +57,7 @@ type Standby struct {
 	torn   bool // some of next is in the copy
 	ever   bool
 
-	took  bool // TakeOver has been given out
+	took  bool // TakeOver has been given out: the guest runs, or is about to
 	dueAt Time // when the promise has run out and it may be
 	ask   asker
 	pause bool // the guest that took over is paused: its grant has run out
@@ -376,7 +376,7 @@ func (s *Standby) run() {
 		s.took = true
 		s.do(Action{Kind: TakeOver, Epoch: s.epoch})
 	}
-	if lapsed := s.state == Active && s.now >= s.ask.until; lapsed != s.pause {
+	if lapsed := s.took && s.now >= s.ask.until; lapsed != s.pause {
 		s.pause = lapsed
 		if lapsed {
 			s.do(Action{Kind: Pause})
@@ -448,7 +448,7 @@ func (s *Standby) Deadline() Time {
 	if s.state == TakingOver && !s.took && s.now < s.ask.until {
 		t = min(t, s.dueAt)
 	}
-	if s.state == Active && !s.pause {
+	if s.took && !s.pause {
 		t = min(t, s.ask.until)
 	}
 	if s.asks() {

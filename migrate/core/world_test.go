@@ -393,7 +393,7 @@ func (w *world) leaves(depth uint32) {
 	default:
 		const slack = simTimeout / 200
 		silent := w.now-w.heardAt >= simTimeout-slack || w.now-w.echoAt >= 2*simTimeout-slack
-		if silent || w.now-w.endAsked >= 5000*ms-slack || w.p == nil || w.p.Round() == ^core.Round(0) {
+		if silent || w.now-w.endAsked >= 5000*ms-10*slack || w.p == nil || w.p.Round() == ^core.Round(0) {
 			w.flowed = true
 			return
 		}
