@@ -11,6 +11,10 @@ const (
 	stringMax        = 4 << 20 // REMOTE_STRING_MAX
 	cookieMax        = 4 << 20 // REMOTE_MIGRATE_COOKIE_MAX
 	migrateParamsMax = 64      // REMOTE_DOMAIN_MIGRATE_PARAM_LIST_MAX
+	jobStatsMax      = 64      // REMOTE_DOMAIN_JOB_STATS_MAX
+	domainListMax    = 16384   // REMOTE_DOMAIN_LIST_MAX
+	domainStatsMax   = 1 << 18 // REMOTE_CONNECT_GET_ALL_DOMAIN_STATS_MAX
+	authTypesMax     = 20      // REMOTE_AUTH_TYPE_LIST_MAX
 	// MaxOpaque bounds the JSON of ProgramKemari.
 	MaxOpaque = 1 << 20
 )
@@ -192,9 +196,9 @@ type TypedParam struct {
 	String string
 }
 
-func (d *decoder) params() []TypedParam {
+func (d *decoder) params(limit int) []TypedParam {
 	// The shortest has an empty name, a type and a 32-bit value.
-	n := d.count(migrateParamsMax, 12)
+	n := d.count(limit, 12)
 	v := make([]TypedParam, 0, n)
 	for range n {
 		p := TypedParam{Field: d.string(stringMax), Type: ParamType(d.uint32())}
@@ -244,7 +248,7 @@ func DecodeMigratePerformArgs(b []byte) (*MigratePerformArgs, error) {
 	v := MigratePerformArgs{
 		Domain: d.domain(),
 		URI:    d.optString(stringMax),
-		Params: d.params(),
+		Params: d.params(migrateParamsMax),
 		Cookie: d.opaque(cookieMax),
 		Flags:  d.uint32(),
 	}
@@ -271,7 +275,7 @@ type MigrateBeginArgs struct {
 // DecodeMigrateBeginArgs decodes the arguments of ProcDomainMigrateBegin3Params.
 func DecodeMigrateBeginArgs(b []byte) (*MigrateBeginArgs, error) {
 	d := decoder{b: b}
-	v := MigrateBeginArgs{Domain: d.domain(), Params: d.params(), Flags: d.uint32()}
+	v := MigrateBeginArgs{Domain: d.domain(), Params: d.params(migrateParamsMax), Flags: d.uint32()}
 	if err := d.done(); err != nil {
 		return nil, err
 	}

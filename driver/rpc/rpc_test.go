@@ -71,6 +71,24 @@ var codecs = []codec{
 	}},
 	{"begin", wrap(DecodeMigrateBeginArgs), msgs{&MigrateBeginArgs{Domain: g1, Params: allParams[:2], Flags: 3}}},
 	{"begin3", wrap(DecodeMigrateBegin3Args), msgs{&MigrateBegin3Args{Domain: g1, XML: ptr("<x/>"), Flags: 1 << 40, Resource: 9}}},
+	{"event register", wrap(DecodeEventRegisterArgs), msgs{
+		&EventRegisterArgs{Event: EventJobCompleted},
+		&EventRegisterArgs{Event: EventLifecycle, Domain: &g1},
+	}},
+	{"lifecycle", wrap(DecodeLifecycleEvent), msgs{&LifecycleEvent{Callback: 3, Domain: g1, Event: 4, Detail: 1}}},
+	{"iteration", wrap(DecodeIterationEvent), msgs{&IterationEvent{Callback: 3, Domain: g1, Iteration: -1}}},
+	{"job completed", wrap(DecodeJobCompletedEvent), msgs{&JobCompletedEvent{Callback: 3, Domain: g1, Params: allParams}}},
+	{"metadata", wrap(DecodeMetadataEvent), msgs{
+		&MetadataEvent{Callback: 3, Domain: g1, Type: 2, Namespace: ptr("urn:x")},
+		&MetadataEvent{Domain: g1},
+	}},
+	{"domain flags", wrap(DecodeDomainFlagsArgs), msgs{&DomainFlagsArgs{Domain: g1, Flags: 1 << 31}}},
+	{"job stats", wrap(DecodeJobStatsRet), msgs{&JobStatsRet{Type: 2, Params: allParams}, &JobStatsRet{Params: []TypedParam{}}}},
+	{"domain stats", wrap(DecodeDomainStatsRet), msgs{
+		&DomainStatsRet{},
+		&DomainStatsRet{{Domain: g1, Params: allParams}, {Domain: g1, Params: []TypedParam{}}},
+	}},
+	{"auth list", wrap(DecodeAuthListRet), msgs{&AuthListRet{AuthNone, AuthPolkit}, &AuthListRet{}}},
 	{"error", wrap(DecodeError), msgs{&Error{Code: CodeRPC, From: FromRPC, Message: "no"}}},
 	{"opaque", func(b []byte) (any, error) {
 		v, err := DecodeOpaque(b)
@@ -168,17 +186,26 @@ func fuzz(f *testing.F, name string) {
 	}
 }
 
-func FuzzOpen(f *testing.F)       { fuzz(f, "open") }
-func FuzzGetURI(f *testing.F)     { fuzz(f, "get uri") }
-func FuzzInt(f *testing.F)        { fuzz(f, "int") }
-func FuzzAbort(f *testing.F)      { fuzz(f, "abort") }
-func FuzzAbortFlags(f *testing.F) { fuzz(f, "abort flags") }
-func FuzzPerform(f *testing.F)    { fuzz(f, "perform") }
-func FuzzBegin(f *testing.F)      { fuzz(f, "begin") }
-func FuzzBegin3(f *testing.F)     { fuzz(f, "begin3") }
-func FuzzError(f *testing.F)      { fuzz(f, "error") }
-func FuzzOpaque(f *testing.F)     { fuzz(f, "opaque") }
-func FuzzPacket(f *testing.F)     { fuzz(f, "packet") }
+func FuzzOpen(f *testing.F)          { fuzz(f, "open") }
+func FuzzGetURI(f *testing.F)        { fuzz(f, "get uri") }
+func FuzzInt(f *testing.F)           { fuzz(f, "int") }
+func FuzzAbort(f *testing.F)         { fuzz(f, "abort") }
+func FuzzAbortFlags(f *testing.F)    { fuzz(f, "abort flags") }
+func FuzzPerform(f *testing.F)       { fuzz(f, "perform") }
+func FuzzBegin(f *testing.F)         { fuzz(f, "begin") }
+func FuzzBegin3(f *testing.F)        { fuzz(f, "begin3") }
+func FuzzEventRegister(f *testing.F) { fuzz(f, "event register") }
+func FuzzLifecycle(f *testing.F)     { fuzz(f, "lifecycle") }
+func FuzzIteration(f *testing.F)     { fuzz(f, "iteration") }
+func FuzzJobCompleted(f *testing.F)  { fuzz(f, "job completed") }
+func FuzzMetadata(f *testing.F)      { fuzz(f, "metadata") }
+func FuzzDomainFlags(f *testing.F)   { fuzz(f, "domain flags") }
+func FuzzJobStats(f *testing.F)      { fuzz(f, "job stats") }
+func FuzzDomainStats(f *testing.F)   { fuzz(f, "domain stats") }
+func FuzzAuthList(f *testing.F)      { fuzz(f, "auth list") }
+func FuzzError(f *testing.F)         { fuzz(f, "error") }
+func FuzzOpaque(f *testing.F)        { fuzz(f, "opaque") }
+func FuzzPacket(f *testing.F)        { fuzz(f, "packet") }
 
 func FuzzDomainPrefix(f *testing.F) {
 	f.Add((&AbortJobArgs{Domain: g1}).Append(nil))
@@ -217,6 +244,12 @@ func TestGolden(t *testing.T) {
 			hex.EncodeToString(frame{Keepalive(KeepalivePing)}.Append(nil))},
 		{"open", "00000001 00000010 74657374 3a2f2f2f 64656661 756c742f 00000001",
 			hex.EncodeToString((&ConnectOpenArgs{Name: ptr("test:///default/"), Flags: 1}).Append(nil))},
+		{"job completed", "00000003 00000002 67310000 aa000000 00000000 00000000 000000ff 00000007" +
+			"00000001 00000009 6f706572 6174696f 6e000000 00000001 00000006",
+			hex.EncodeToString((&JobCompletedEvent{3, g1, []TypedParam{{Field: "operation", Type: ParamInt, Number: 6}}}).Append(nil))},
+		{"lifecycle", "0000001c 20008086 00000001 0000013e 00000002 00000000 00000000",
+			hex.EncodeToString(frame{Event(ProcDomainEventCallbackLifecycle, nil)}.Append(nil))},
+		{"auth list", "00000001 00000002", hex.EncodeToString((&AuthListRet{AuthPolkit}).Append(nil))},
 		{"abort", "00000002 67310000 aa000000 00000000 00000000 000000ff 00000007",
 			hex.EncodeToString((&AbortJobArgs{Domain: g1}).Append(nil))},
 		{"error", "00000027 00000007 00000001 00000002 6e6f0000 00000002 00000000" +

@@ -1,0 +1,45 @@
+package rpc
+
+// The procedures by which a client proves who it is; they and no others come
+// before that.
+const (
+	ProcAuthSASLInit  Procedure = 67
+	ProcAuthSASLStart Procedure = 68
+	ProcAuthSASLStep  Procedure = 69
+	ProcAuthPolkit    Procedure = 70 // its result is an Int, 1 for done
+)
+
+// AuthType is a number of remote_auth_type.
+type AuthType int32
+
+// The ways of authentication.
+const (
+	AuthNone   AuthType = 0
+	AuthPolkit AuthType = 2
+)
+
+// AuthListRet is the result of ProcAuthList: what the client has to go through.
+type AuthListRet []AuthType
+
+// DecodeAuthListRet decodes the result.
+func DecodeAuthListRet(b []byte) (*AuthListRet, error) {
+	d := decoder{b: b}
+	n := d.count(authTypesMax, 4)
+	v := make(AuthListRet, 0, n)
+	for range n {
+		v = append(v, AuthType(d.uint32()))
+	}
+	if err := d.done(); err != nil {
+		return nil, err
+	}
+	return &v, nil
+}
+
+// Append appends the encoded result.
+func (v *AuthListRet) Append(b []byte) []byte {
+	b = appendUint32(b, uint32(len(*v)))
+	for _, t := range *v {
+		b = appendUint32(b, uint32(t))
+	}
+	return b
+}
