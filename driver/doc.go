@@ -16,7 +16,10 @@
 // memory is the protections that are being set up, and those it takes back when
 // it must end.
 //
-// Authorisation: who can open the read-write socket may do what libvirtd lets
-// root do, as with libvirt's own socket and group; through the read-only socket
-// nothing of ours can be changed, and libvirtd sees a read-only client.
+// Authorisation: libvirtd sees root in us, so what a client may do is decided
+// here, before anything of it is passed on. Root may do everything; others as
+// polkit says of libvirt's own two actions, or, where there is no polkit, as
+// members of the group libvirt (decide). A reader, by the socket it came through or
+// by its own wish, gets through only what is known to change nothing (rpc.ReadOnly),
+// and libvirtd sees a read-only client of its own.
 package driver

@@ -24,22 +24,32 @@ type Units interface {
 
 // The defaults of Config.
 const (
-	DefaultUpstreamURI      = "xen:///system"
-	DefaultUpstreamSocket   = "/run/libvirt/libvirt-sock"
-	DefaultUpstreamSocketRO = "/run/libvirt/libvirt-sock-ro"
-	DefaultMaxClients       = 5000
+	DefaultUpstreamURI = "xen:///system"
+	DefaultMaxClients  = 5000
 )
 
 // Config is what a Driver works with. Units must be set; what else is zero has
 // a default.
 type Config struct {
+	// UpstreamURI is what libvirt's daemon is asked to open. UpstreamSocket is
+	// where it listens; without it the sockets are tried that libvirt's own client
+	// would choose. Readers go to UpstreamSocketRO, or with UpstreamSocket alone
+	// there, as readers.
 	UpstreamURI      string
 	UpstreamSocket   string
 	UpstreamSocketRO string
-	MaxClients       int
-	Root             string // of the run-time folders
-	Units            Units
-	Log              *slog.Logger
+
+	// Authority decides about clients other than root, if there is one; see decide.
+	// RequireAuthority makes it an error if it is not present.
+	Authority        Authority
+	RequireAuthority bool
+
+	libvirtDir string // another than /run/libvirt
+
+	MaxClients int    // a user other than root may have a quarter of them
+	Root       string // of the run-time folders
+	Units      Units
+	Log        *slog.Logger
 
 	// Libvirt opens a connection of the driver's own to libvirtd.
 	Libvirt func(ctx context.Context) (Libvirt, error)
@@ -55,8 +65,13 @@ type Driver struct {
 	cfg Config
 	log *slog.Logger
 
+	// Tests put other ones here.
+	readPeerCred func(net.Conn) (*peerCred, error)
+	lookupGroup  func(name string) (uint32, error)
+
 	mu       sync.Mutex
-	clients  int
+	clients  int                   // of all users
+	users    map[uint32]int        // clients of users other than root
 	attempts map[rpc.UUID]*attempt // protections being set up here
 	standbys map[rpc.UUID]*standbyLock
 }
@@ -72,8 +87,6 @@ func New(cfg Config) (*Driver, error) {
 		}
 	}
 	def(&cfg.UpstreamURI, DefaultUpstreamURI)
-	def(&cfg.UpstreamSocket, DefaultUpstreamSocket)
-	def(&cfg.UpstreamSocketRO, DefaultUpstreamSocketRO)
 	def(&cfg.Root, control.Dir)
 	if cfg.MaxClients == 0 {
 		cfg.MaxClients = DefaultMaxClients
@@ -83,7 +96,7 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if cfg.Libvirt == nil {
 		cfg.Libvirt = func(ctx context.Context) (Libvirt, error) {
-			return OpenLibvirt(ctx, cfg.UpstreamSocket, cfg.UpstreamURI)
+			return OpenLibvirt(ctx, cfg.upstreamSocket(false), cfg.UpstreamURI)
 		}
 	}
 	if cfg.Host == nil {
@@ -93,10 +106,13 @@ func New(cfg Config) (*Driver, error) {
 		cfg.Dial = DialSSH
 	}
 	return &Driver{
-		cfg:      cfg,
-		log:      cfg.Log,
-		attempts: make(map[rpc.UUID]*attempt),
-		standbys: make(map[rpc.UUID]*standbyLock),
+		cfg:          cfg,
+		log:          cfg.Log,
+		users:        make(map[uint32]int),
+		readPeerCred: readPeerCred,
+		lookupGroup:  lookupGroup,
+		attempts:     make(map[rpc.UUID]*attempt),
+		standbys:     make(map[rpc.UUID]*standbyLock),
 	}, nil
 }
 
@@ -133,32 +149,51 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener, ro bool) error {
 			}
 			continue
 		}
-		if !d.enter() {
-			d.log.Warn("client refused, too many are connected", "limit", d.cfg.MaxClients)
+		cred, err := d.readPeerCred(c)
+		if err != nil {
+			d.log.Warn("client", "error", err)
+			c.Close()
+			continue
+		}
+		if !d.enter(cred.uid) {
+			d.log.Warn("client refused, too many are connected", "limit", d.cfg.MaxClients, "client", cred)
 			c.Close()
 			continue
 		}
 		sessions.Go(func() {
-			defer d.leave()
-			newSession(d, c, ro).run(ctx)
+			defer d.leave(cred.uid)
+			newSession(d, c, cred, ro).run(ctx)
 		})
 	}
 }
 
-func (d *Driver) enter() bool {
+// enter takes a place for a client of the user, if there is one. Anybody may open
+// the sockets, so nobody but root gets more than a part of the places.
+func (d *Driver) enter(uid uint32) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.clients >= d.cfg.MaxClients {
 		return false
 	}
+	if uid != 0 {
+		if d.users[uid] >= max(1, d.cfg.MaxClients/4) {
+			return false
+		}
+		d.users[uid]++
+	}
 	d.clients++
 	return true
 }
 
-func (d *Driver) leave() {
+func (d *Driver) leave(uid uint32) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.clients--
+	if uid != 0 {
+		if d.users[uid]--; d.users[uid] == 0 {
+			delete(d.users, uid)
+		}
+	}
 }
 
 func (d *Driver) paths(role control.Role, id rpc.UUID) control.Paths {

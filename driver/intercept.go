@@ -3,15 +3,9 @@ package driver
 import (
 	"context"
 	"errors"
-	"fmt"
-	"net/url"
-	"strings"
 
 	"kemari/driver/rpc"
 )
-
-// uri is what a client asks for and is told it has.
-const uri = "kemari:///system"
 
 var errNoFDs = &rpc.Error{
 	Code: rpc.CodeUnsupported, From: rpc.FromRPC,
@@ -27,7 +21,7 @@ func (s *session) intercept(ctx context.Context, p *rpc.Packet) (bool, error) {
 	case rpc.ProcConnectOpen:
 		return s.open(p)
 	case rpc.ProcConnectGetURI:
-		ret := rpc.ConnectGetURIRet{URI: uri}
+		ret := rpc.ConnectGetURIRet{URI: s.name}
 		return true, s.answer(p, ret.Append(nil))
 	case rpc.ProcConnectSupportsFeature:
 		return s.feature(ctx, p)
@@ -84,7 +78,7 @@ func (s *session) open(p *rpc.Packet) (bool, error) {
 		return true, s.fail(p, err)
 	}
 	if a.Name != nil && *a.Name != "" {
-		if err := checkName(*a.Name); err != nil {
+		if s.name, err = checkName(*a.Name); err != nil {
 			return true, s.fail(p, err)
 		}
 	}
@@ -95,24 +89,6 @@ func (s *session) open(p *rpc.Packet) (bool, error) {
 	s.ro = s.ro || a.Flags&rpc.ConnectRO != 0
 	p.Payload = a.Append(nil)
 	return false, nil
-}
-
-// checkName accepts every way to say kemari:///system. What stands before the
-// path, and the query, was for the client to find us.
-func checkName(name string) error {
-	bad := func(why string) error {
-		return refuse(rpc.CodeInvalidArg, fmt.Sprintf("%q is not a connection of the kemari driver: %s", name, why), "use "+uri)
-	}
-	u, err := url.Parse(name)
-	switch {
-	case err != nil:
-		return bad("it is not a URI")
-	case u.Scheme != "kemari" && !strings.HasPrefix(u.Scheme, "kemari+"):
-		return bad("the scheme is not kemari")
-	case u.Path != "/system":
-		return bad("the path is not /system")
-	}
-	return nil
 }
 
 func (s *session) feature(ctx context.Context, p *rpc.Packet) (bool, error) {

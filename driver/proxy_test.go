@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -23,10 +24,21 @@ func TestOpen(t *testing.T) {
 	up := newLibvirtd(t, nil)
 	h := newHost(t, "xen1", up.path)
 	rw, ro := client(t, h.rw), client(t, h.ro)
-	for _, name := range []*string{nil, ptr(""), ptr("kemari:///system"), ptr("kemari+ssh://root@xen1/system"), ptr("kemari:///system?socket=/x")} {
+	for _, name := range []*string{
+		nil, ptr(""), ptr("kemari:///system"), ptr("kemari+ssh://root@xen1/system"), ptr("kemari:///system?socket=/x"),
+		ptr("xenkemari:///system"), ptr("xenkemari+ssh://root@xen1/system?no_tty=1"),
+	} {
 		b, err := remote(rw, rpc.ProcConnectOpen, open(name, 0))
 		if want := open(ptr("test:///default"), 0); err != nil || !bytes.Equal(b, want) {
 			t.Errorf("libvirtd was asked %q, %v", b, err)
+		}
+		wantURI := uri
+		if name != nil && strings.HasPrefix(*name, "xenkemari") {
+			wantURI = uriXen
+		}
+		b, err = remote(rw, rpc.ProcConnectGetURI, nil)
+		if ret, e := rpc.DecodeConnectGetURIRet(b); err != nil || e != nil || ret.URI != wantURI {
+			t.Errorf("%v: %v, %v", name, err, e)
 		}
 	}
 	if b, err := remote(ro, rpc.ProcConnectOpen, open(nil, 0)); err != nil || !bytes.Equal(b, open(ptr("test:///default"), rpc.ConnectRO)) {
@@ -37,6 +49,7 @@ func TestOpen(t *testing.T) {
 		"kemari:///":        "path is not /system",
 		"xen:///system":     "scheme is not kemari",
 		"kemarix:///system": "scheme is not kemari",
+		"+ssh://x/system":   "not a URI",
 		"kemari:///sys%zz":  "not a URI",
 	} {
 		_, err := remote(rw, rpc.ProcConnectOpen, open(&name, 0))
@@ -62,7 +75,14 @@ func TestAnsweredHere(t *testing.T) {
 			}
 		}
 		_, err = remote(c, rpc.ProcDomainOpenGraphicsFD, nil)
-		wantError(t, err, rpc.CodeUnsupported, "file descriptors")
+		_, errLXC := c.Call(context.Background(), rpc.ProgramLXC, 1, rpc.ProcLXCDomainOpenNamespace, nil)
+		if path == h.ro {
+			wantError(t, err, rpc.CodeOperationDenied, "read only access prevents virDomainOpenGraphicsFD")
+			wantError(t, errLXC, rpc.CodeOperationDenied, "read only access prevents procedure 1 of lxc")
+		} else {
+			wantError(t, err, rpc.CodeUnsupported, "file descriptors")
+			wantError(t, errLXC, rpc.CodeUnsupported, "file descriptors")
+		}
 		_, err = c.Call(context.Background(), 0x12345678, 3, 1, nil)
 		wantError(t, err, rpc.CodeRPC, "Cannot find program 305419896 version 3")
 	}
@@ -167,7 +187,7 @@ func TestUpstreamFails(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantError(t, e, rpc.CodeRPC, "libvirtd has closed the connection")
+			wantError(t, e, rpc.CodeRPC, "libvirtd has closed the connection", "; connect again once it runs")
 			if _, err := rpc.ReadPacket(c); err != io.EOF {
 				t.Errorf("then %v, want the end", err)
 			}
@@ -363,11 +383,8 @@ func TestManagedMigration(t *testing.T) {
 		_, err := remote(c, proc, args)
 		wantError(t, err, rpc.CodeArgumentUnsupp, "--p2p")
 	}
-	// On the read-only socket libvirtd says what it always says.
-	b, err := remote(client(t, h.ro), rpc.ProcDomainMigratePerform3Params, []byte("abcd"))
-	if err != nil || string(b) != "abcd" {
-		t.Errorf("%q, %v", b, err)
-	}
+	_, err := remote(client(t, h.ro), rpc.ProcDomainMigratePerform3Params, []byte("abcd"))
+	wantError(t, err, rpc.CodeOperationDenied, "operation forbidden: read only access prevents virDomainMigratePerform3Params")
 }
 
 func TestAbortJob(t *testing.T) {

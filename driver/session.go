@@ -11,8 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"kemari/driver/rpc"
 )
 
@@ -25,6 +23,7 @@ const (
 	maxCalls = 16
 )
 
+// The causes of a session's end.
 var (
 	errClientGone   = errors.New("the client has disconnected")
 	errClientSilent = errors.New("the client does not answer any more")
@@ -41,10 +40,13 @@ type session struct {
 	client net.Conn
 	end    context.CancelCauseFunc // ends the session
 
+	cred *peerCred // nil if the kernel does not say
+
 	// The reader of the client alone uses these.
-	ro        bool // nothing of ours may be changed
+	ro        bool // nothing may be changed
 	socketRO  bool
 	keepalive bool
+	name      string // what the client calls its connection
 	calls     sync.WaitGroup
 	slots     chan struct{}
 
@@ -55,37 +57,20 @@ type session struct {
 	toUpstream sync.Mutex
 
 	mu       sync.Mutex
+	acc      access
+	denied   error                     // why acc is denied
 	waiting  map[rpc.Serial]rpc.Header // calls that libvirtd has not answered yet
 	prepared map[rpc.UUID]uint64       // shadows made for this client, by generation
 }
 
-func newSession(d *Driver, c net.Conn, ro bool) *session {
+func newSession(d *Driver, c net.Conn, cred *peerCred, ro bool) *session {
 	return &session{
-		d: d, client: c, ro: ro, socketRO: ro,
-		log:      d.log.With("client", peer(c)),
+		d: d, client: c, cred: cred, ro: ro, socketRO: ro, name: uri,
+		log:      d.log.With("client", cred),
 		slots:    make(chan struct{}, maxCalls),
 		waiting:  make(map[rpc.Serial]rpc.Header),
 		prepared: make(map[rpc.UUID]uint64),
 	}
-}
-
-// peer names the process at the other end, for the log.
-func peer(c net.Conn) string {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return "?"
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return "?"
-	}
-	s := "?"
-	raw.Control(func(fd uintptr) {
-		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			s = fmt.Sprintf("uid=%d,pid=%d", cred.Uid, cred.Pid)
-		}
-	})
-	return s
 }
 
 // run serves the client until either side or ctx ends, and returns when all that
@@ -155,6 +140,9 @@ func (s *session) fromClient(ctx context.Context, p *rpc.Packet) error {
 		s.reply(rpc.ErrorReply(p.Header, errNoFDs))
 		return errNoFDs
 	}
+	if ok, err := s.admit(ctx, p); !ok {
+		return err
+	}
 	switch p.Program {
 	case rpc.ProgramRemote:
 		if p.Version == 1 && p.Type == rpc.Call {
@@ -164,6 +152,9 @@ func (s *session) fromClient(ctx context.Context, p *rpc.Packet) error {
 		}
 		return s.forward(ctx, p)
 	case rpc.ProgramQEMU, rpc.ProgramLXC:
+		if p.Program == rpc.ProgramLXC && p.Procedure == rpc.ProcLXCDomainOpenNamespace && p.Type == rpc.Call {
+			return s.fail(p, errNoFDs)
+		}
 		return s.forward(ctx, p)
 	case rpc.ProgramKemari:
 		if !s.ro && p.Version == peerVersion && p.Type == rpc.Call {
@@ -255,17 +246,9 @@ func (s *session) connect(ctx context.Context) error {
 	if s.upstream != nil {
 		return nil
 	}
-	path := s.d.cfg.UpstreamSocket
-	if s.socketRO {
-		path = s.d.cfg.UpstreamSocketRO
-	}
-	dialer := net.Dialer{Timeout: 10 * time.Second}
-	c, err := dialer.DialContext(ctx, "unix", path)
+	c, err := s.d.cfg.dialUpstream(ctx, s.socketRO)
 	if err != nil {
-		return &rpc.Error{
-			Code: rpc.CodeNoConnect, From: rpc.FromRPC,
-			Message: fmt.Sprintf("libvirtd cannot be reached: %v; see systemctl status libvirtd", err),
-		}
+		return err
 	}
 	s.mu.Lock()
 	s.upstream = c
@@ -323,7 +306,10 @@ func (s *session) failWaiting(why error) {
 	s.waiting = make(map[rpc.Serial]rpc.Header)
 	s.mu.Unlock()
 	for _, h := range waiting {
-		e := &rpc.Error{Code: rpc.CodeRPC, From: rpc.FromRPC, Message: why.Error()}
+		e := &rpc.Error{
+			Code: rpc.CodeRPC, From: rpc.FromRPC,
+			Message: oneLine(why.Error()) + "; connect again once it runs, see systemctl status libvirtd",
+		}
 		if s.reply(rpc.ErrorReply(h, e)) != nil {
 			return
 		}

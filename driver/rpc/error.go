@@ -11,14 +11,18 @@ const (
 	CodeNoConnect        Code = 5  // VIR_ERR_NO_CONNECT
 	CodeInvalidArg       Code = 8  // VIR_ERR_INVALID_ARG
 	CodeOperationFailed  Code = 9  // VIR_ERR_OPERATION_FAILED
+	CodeOperationDenied  Code = 29 // VIR_ERR_OPERATION_DENIED
 	CodeRPC              Code = 39 // VIR_ERR_RPC
 	CodeNoDomain         Code = 42 // VIR_ERR_NO_DOMAIN
+	CodeAuthFailed       Code = 45 // VIR_ERR_AUTH_FAILED
 	CodeOperationInvalid Code = 55 // VIR_ERR_OPERATION_INVALID
 	CodeConfigUnsupp     Code = 67 // VIR_ERR_CONFIG_UNSUPPORTED
 	CodeTimeout          Code = 68 // VIR_ERR_OPERATION_TIMEOUT
 	CodeArgumentUnsupp   Code = 74 // VIR_ERR_ARGUMENT_UNSUPPORTED
 	CodeAborted          Code = 78 // VIR_ERR_OPERATION_ABORTED
+	CodeAuthCancelled    Code = 79 // VIR_ERR_AUTH_CANCELLED
 	CodeUnsupported      Code = 84 // VIR_ERR_OPERATION_UNSUPPORTED
+	CodeAuthUnavailable  Code = 94 // VIR_ERR_AUTH_UNAVAILABLE
 )
 
 // From is a number of virErrorDomain: which part of libvirt an error is from.
@@ -26,8 +30,9 @@ type From int32
 
 // The parts that the driver's errors are from.
 const (
-	FromDomain From = 6 // VIR_FROM_DOM: an operation on a guest
-	FromRPC    From = 7 // VIR_FROM_RPC
+	FromDomain From = 6  // VIR_FROM_DOM: an operation on a guest
+	FromRPC    From = 7  // VIR_FROM_RPC
+	FromPolkit From = 60 // VIR_FROM_POLKIT
 )
 
 const levelError = 2 // VIR_ERR_ERROR

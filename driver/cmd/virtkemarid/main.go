@@ -23,9 +23,18 @@ import (
 	"kemari/systemd"
 )
 
+// Where libvirt's client library looks for kemari:///system, and for
+// xenkemari:///system: it makes the name of the socket from the scheme.
+var (
+	defaultSockets   = []string{"/run/libvirt/virtkemarid-sock", "/run/libvirt/virtxenkemarid-sock"}
+	defaultSocketsRO = []string{"/run/libvirt/virtkemarid-sock-ro", "/run/libvirt/virtxenkemarid-sock-ro"}
+)
+
+// The values of --auth.
 const (
-	defaultSocket   = "/run/libvirt/virtkemarid-sock"
-	defaultSocketRO = "/run/libvirt/virtkemarid-sock-ro"
+	authAuto   = "auto"
+	authPolkit = "polkit"
+	authGroup  = "group"
 )
 
 func main() {
@@ -41,14 +50,17 @@ func app() *cli.App {
 		Usage:           "the libvirt driver of Kemari",
 		UsageText:       "virtkemarid [options]",
 		HideHelpCommand: true,
-		Description: "Serves kemari:///system. Under systemd the sockets come from virtkemarid.socket\n" +
-			"and virtkemarid-ro.socket; else they are made at --socket and --socket-ro.",
+		Description: "Serves kemari:///system and xenkemari:///system. Under systemd the sockets come\n" +
+			"from virtkemarid.socket and virtkemarid-ro.socket; else they are made at --socket\n" +
+			"and --socket-ro.",
+		DisableSliceFlagSeparator: true,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "upstream-uri", Value: driver.DefaultUpstreamURI, Usage: "what libvirtd is asked to open"},
-			&cli.StringFlag{Name: "upstream-socket", Value: driver.DefaultUpstreamSocket, Usage: "libvirtd's socket"},
-			&cli.StringFlag{Name: "upstream-socket-ro", Value: driver.DefaultUpstreamSocketRO, Usage: "libvirtd's read-only socket"},
-			&cli.StringFlag{Name: "socket", Value: defaultSocket, Usage: "where to listen, unless systemd does"},
-			&cli.StringFlag{Name: "socket-ro", Value: defaultSocketRO, Usage: "likewise for read-only clients; empty for none"},
+			&cli.StringFlag{Name: "upstream-uri", Value: driver.DefaultUpstreamURI, Usage: "what libvirt's daemon is asked to open"},
+			&cli.StringFlag{Name: "upstream-socket", Usage: "the daemon's socket (default: that of the URI's own daemon, as virtxend, else libvirtd's)"},
+			&cli.StringFlag{Name: "upstream-socket-ro", Usage: "likewise for read-only clients (default: --upstream-socket if given)"},
+			&cli.StringSliceFlag{Name: "socket", Value: cli.NewStringSlice(defaultSockets...), Usage: "where to listen, unless systemd does; may be repeated"},
+			&cli.StringSliceFlag{Name: "socket-ro", Value: cli.NewStringSlice(defaultSocketsRO...), Usage: "likewise for read-only clients; empty for none"},
+			&cli.StringFlag{Name: "auth", Value: authAuto, Usage: "who decides about users other than root: polkit, group (of libvirt), or auto, polkit if there is one"},
 			&cli.StringFlag{Name: "root", Value: control.Dir, Usage: "folder of the run-time files"},
 			&cli.IntFlag{Name: "max-clients", Value: driver.DefaultMaxClients, Usage: "clients at once"},
 			&cli.IntFlag{Name: "timeout", Value: 0, Usage: "accepted as libvirt's daemons do; only 0, to run for ever, is supported"},
@@ -79,18 +91,31 @@ func run(c *cli.Context) error {
 			return a
 		},
 	}))
-	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
-
-	d, err := driver.New(driver.Config{
+	polkit := new(driver.Polkit)
+	defer polkit.Close()
+	cfg := driver.Config{
 		UpstreamURI:      c.String("upstream-uri"),
 		UpstreamSocket:   c.String("upstream-socket"),
 		UpstreamSocketRO: c.String("upstream-socket-ro"),
+		Authority:        polkit,
 		MaxClients:       c.Int("max-clients"),
 		Root:             c.String("root"),
 		Units:            systemd.Units{},
 		Log:              log,
-	})
+	}
+	switch c.String("auth") {
+	case authAuto:
+	case authPolkit:
+		cfg.RequireAuthority = true
+	case authGroup:
+		cfg.Authority = nil
+	default:
+		return fmt.Errorf("--auth: %q is none of auto, polkit, group", c.String("auth"))
+	}
+	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+
+	d, err := driver.New(cfg)
 	if err != nil {
 		return err
 	}
@@ -99,7 +124,7 @@ func run(c *cli.Context) error {
 		return err
 	}
 	if len(sockets) == 0 {
-		if sockets, err = listen(c.String("socket"), c.String("socket-ro")); err != nil {
+		if sockets, err = listen(c.StringSlice("socket"), c.StringSlice("socket-ro")); err != nil {
 			return err
 		}
 	}
@@ -148,28 +173,35 @@ func readOnly(name, addr string) bool {
 	return strings.HasSuffix(addr, "-ro") || strings.HasSuffix(strings.TrimSuffix(name, ".socket"), "-ro")
 }
 
-// listen opens the sockets ourselves, with the modes that the units give them.
-func listen(rw, ro string) ([]socket, error) {
+// listen opens the sockets ourselves. They are not as open as the units', since
+// whoever tries the driver out need not mean anybody else to.
+func listen(rw, ro []string) ([]socket, error) {
 	var ss []socket
-	for _, s := range []struct {
-		path string
-		ro   bool
-		mode os.FileMode
-	}{{rw, false, 0o660}, {ro, true, 0o666}} {
-		if s.path == "" {
-			continue
-		}
-		l, err := listenUnix(s.path, s.mode, !s.ro)
-		if err != nil {
-			for _, o := range ss {
-				o.l.Close()
+	open := func(paths []string, ro bool, mode os.FileMode) error {
+		for _, path := range paths {
+			if path == "" {
+				continue
 			}
-			return nil, err
+			l, err := listenUnix(path, mode, !ro)
+			if err != nil {
+				return err
+			}
+			ss = append(ss, socket{l, ro})
 		}
-		ss = append(ss, socket{l, s.ro})
+		return nil
 	}
-	if len(ss) == 0 {
-		return nil, errors.New("no socket to listen on")
+	err := open(rw, false, 0o660)
+	if err == nil {
+		err = open(ro, true, 0o666)
+	}
+	if err == nil && len(ss) == 0 {
+		err = errors.New("no socket to listen on")
+	}
+	if err != nil {
+		for _, s := range ss {
+			s.l.Close()
+		}
+		return nil, err
 	}
 	return ss, nil
 }
@@ -199,9 +231,9 @@ func listenUnix(path string, mode os.FileMode, group bool) (net.Listener, error)
 	return l, nil
 }
 
-// chownLibvirt gives path to the group libvirt, if there is one.
+// chownLibvirt gives path to that group, if there is one.
 func chownLibvirt(path string) bool {
-	g, err := user.LookupGroup("libvirt")
+	g, err := user.LookupGroup(driver.Group)
 	if err != nil {
 		return false
 	}

@@ -35,7 +35,7 @@ func TestReadOnly(t *testing.T) {
 }
 
 func TestArguments(t *testing.T) {
-	for _, args := range [][]string{{"virtkemarid", "x"}, {"virtkemarid", "--timeout", "120"}, {"virtkemarid", "--nonsense"}} {
+	for _, args := range [][]string{{"virtkemarid", "x"}, {"virtkemarid", "--timeout", "120"}, {"virtkemarid", "--nonsense"}, {"virtkemarid", "--auth", "none"}, {"virtkemarid", "--socket", "", "--socket-ro", ""}} {
 		a := app()
 		a.Writer, a.ErrWriter = io.Discard, io.Discard
 		if err := a.Run(args); err == nil {
