@@ -9,67 +9,23 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
 
+	"kemari/driver/drivertest"
 	"kemari/driver/rpc"
 	"kemari/migrate/control"
-	"kemari/migrate/migratetest"
 )
 
 // testUUID is the guest of test:///default.
 const testUUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
 
-// stockLibvirtd starts libvirtd as an unprivileged user with folders of its own
-// and returns its socket.
+// stockLibvirtd starts libvirtd and returns its socket.
 func stockLibvirtd(t *testing.T) string {
 	t.Helper()
-	migratetest.Need(t, "libvirtd", func() error {
-		if _, err := exec.LookPath("virsh"); err != nil {
-			return err
-		}
-		_, err := exec.LookPath("libvirtd")
-		return err
-	})
-	dir := shortDir(t)
-	cmd := exec.Command("libvirtd")
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}
-	for _, v := range []string{"XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"} {
-		cmd.Env = append(cmd.Env, v+"="+dir)
-	}
-	if os.Getuid() == 0 {
-		// As root it would be the system's daemon, with the system's folders.
-		const nobody = 65534
-		if err := os.Chown(dir, nobody, nobody); err != nil {
-			t.Fatal(err)
-		}
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-	}
-	log := new(lockedBuffer)
-	cmd.Stderr = log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		kill := time.AfterFunc(10*time.Second, func() { cmd.Process.Kill() })
-		cmd.Wait()
-		kill.Stop()
-	})
-	path := filepath.Join(dir, "libvirt", "libvirt-sock")
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		c, err := net.Dial("unix", path)
-		if err == nil {
-			c.Close()
-			return path
-		}
-		if time.Now().After(end) {
-			t.Fatalf("libvirtd does not listen: %v\n%s", err, log.String())
-		}
-	}
+	return drivertest.StartLibvirtd(t).Socket
 }
 
 func virsh(t *testing.T, socket string, args ...string) (string, error) {

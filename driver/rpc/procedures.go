@@ -41,9 +41,6 @@ const (
 	ProcDomainAbortJobFlags         Procedure = 442
 )
 
-// ProcLXCDomainOpenNamespace is the one procedure of ProgramLXC.
-const ProcLXCDomainOpenNamespace Procedure = 1
-
 // The features of ProcConnectSupportsFeature that the driver answers itself.
 const (
 	FeatureFDPassing        = 8

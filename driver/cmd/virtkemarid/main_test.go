@@ -5,8 +5,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -15,7 +17,62 @@ import (
 	"kemari/driver/rpc"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// beDaemon makes the test's program virtkemarid itself, so that it can be tried as
+// a process of its own.
+const beDaemon = "VIRTKEMARID_TEST_BE_DAEMON"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(beDaemon) != "" {
+		main()
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// daemon is virtkemarid as a process of its own, in front of a libvirtd.
+type daemon struct{ rw, ro string }
+
+// startDaemon starts one in front of upstream, a socket of a daemon with
+// test:///default.
+func startDaemon(t testing.TB, upstream string) *daemon {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "k")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	d := &daemon{rw: filepath.Join(dir, "s"), ro: filepath.Join(dir, "s-ro")}
+	cmd := exec.Command(os.Args[0], "--upstream-uri", "test:///default", "--upstream-socket", upstream,
+		"--socket", d.rw, "--socket-ro", d.ro, "--root", dir)
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Env, cmd.Stderr = append(os.Environ(), beDaemon+"=1"), log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("virtkemarid: %v", err)
+		}
+		if b, err := os.ReadFile(log.Name()); t.Failed() && err == nil {
+			t.Logf("log of virtkemarid:\n%.4000s", b)
+		}
+		log.Close()
+	})
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		c, err := net.Dial("unix", d.ro)
+		if err == nil {
+			c.Close()
+			return d
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+}
 
 func TestReadOnly(t *testing.T) {
 	for _, c := range []struct {
