@@ -360,13 +360,20 @@ func (f *fakeLibvirtd) packets() []*rpc.Packet {
 	return append([]*rpc.Packet(nil), f.got...)
 }
 
-func dial(t *testing.T, path string) net.Conn {
+// dialNow is for who closes the connection before the test ends.
+func dialNow(t *testing.T, path string) net.Conn {
 	t.Helper()
 	c, err := net.Dial("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.SetDeadline(time.Now().Add(20 * time.Second))
+	return c
+}
+
+func dial(t *testing.T, path string) net.Conn {
+	t.Helper()
+	c := dialNow(t, path)
 	t.Cleanup(func() { c.Close() })
 	return c
 }
