@@ -21,6 +21,11 @@ func TestParseTarget(t *testing.T) {
 		"kemari+ssh://xen2/system?keyfile=/root/k&no_tty=1": {Host: "xen2", KeyFile: "/root/k"},
 	} {
 		want.URI = s
+		for _, s := range []string{"xen" + s, "XEN" + s} { // means the same
+			if got, err := ParseTarget(s); err != nil || got != want {
+				t.Errorf("%s: %+v, %v", s, got, err)
+			}
+		}
 		if got, err := ParseTarget(s); err != nil || got != want {
 			t.Errorf("%s: %+v, %v", s, got, err)
 		}

@@ -30,6 +30,10 @@ func ParseTarget(s string) (Target, error) {
 	if err != nil {
 		return bad("it is not a URI")
 	}
+	if u.Scheme == "xenkemari+ssh" { // as a client with a connection of that name says it
+		u.Scheme = "kemari+ssh"
+		s = s[len("xen"):]
+	}
 	t := Target{URI: s, User: u.User.Username(), Host: u.Hostname(), Port: u.Port()}
 	_, password := u.User.Password()
 	switch {
