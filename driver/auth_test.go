@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/godbus/dbus/v5"
 
+	"kemari/driver/drivertest"
 	"kemari/driver/rpc"
 	"kemari/migrate/migratetest"
 )
@@ -100,7 +102,7 @@ func TestAuthenticate(t *testing.T) {
 	var mu sync.Mutex
 	asked := map[string]Subject{}
 	refuse := true
-	h.asUser(peerCred{pid: 4711, uid: someUser, start: 99}, &fakeAuthority{verdict: func(_ context.Context, s Subject, action string) error {
+	h.asUser(peerCred{pid: 4711, uid: someUser, gid: 7, start: 99}, &fakeAuthority{verdict: func(_ context.Context, s Subject, action string) error {
 		mu.Lock()
 		defer mu.Unlock()
 		asked[action] = s
@@ -148,12 +150,71 @@ func TestAuthenticate(t *testing.T) {
 		if got := authTypes(t, c); !slices.Equal(got, rpc.AuthListRet{rpc.AuthNone}) {
 			t.Errorf("%v", got)
 		}
+		// Libvirtd is told who the client is, before anything else.
+		_, err = remote(c, 4, nil)
+		wantError(t, err, rpc.CodeInternal, "connection not open")
 		if _, err := remote(c, rpc.ProcConnectOpen, open(nil, 0)); err != nil {
 			t.Error(err)
+		}
+		if _, err := remote(c, 4, nil); err != nil {
+			t.Error(err)
+		}
+		got := up.packets()
+		if len(got) != 3 || got[0].Procedure != rpc.ProcConnectOpen || got[1].Procedure != rpc.ProcConnectSetIdentity || got[2].Procedure != 4 {
+			t.Fatalf("libvirtd saw %+v", got)
+		}
+		id, err := rpc.DecodeSetIdentityArgs(got[1].Payload)
+		if err != nil {
+			t.Fatal(err)
+		}
+		numbers := map[string]uint64{}
+		for _, p := range id.Params {
+			numbers[p.Field] = p.Number
+		}
+		if want := map[string]uint64{"unix-user-id": someUser, "unix-group-id": 7, "process-id": 4711, "process-time": 99}; !maps.Equal(numbers, want) {
+			t.Errorf("identity %v, want %v", numbers, want)
 		}
 		up.mu.Lock()
 		up.got = nil
 		up.mu.Unlock()
+	}
+}
+
+// TestOpenAsFails: without its client's identity no connection is opened.
+func TestOpenAsFails(t *testing.T) {
+	noIdentity := func(p *rpc.Packet) *rpc.Packet {
+		return rpc.ErrorReply(p.Header, &rpc.Error{Code: rpc.CodeOperationDenied, From: rpc.FromRPC, Message: "access denied"})
+	}
+	for name, c := range map[string]struct {
+		answer func(c net.Conn, p *rpc.Packet) *rpc.Packet
+		code   rpc.Code
+		text   string
+	}{
+		"denied":      {func(_ net.Conn, p *rpc.Packet) *rpc.Packet { return noIdentity(p) }, rpc.CodeOperationDenied, "access denied"},
+		"hangs up":    {func(c net.Conn, _ *rpc.Packet) *rpc.Packet { c.Close(); return nil }, rpc.CodeRPC, "while it was being opened"},
+		"no reply":    {func(_ net.Conn, p *rpc.Packet) *rpc.Packet { return p }, rpc.CodeRPC, "while it was being opened"},
+		"a bad error": {func(_ net.Conn, p *rpc.Packet) *rpc.Packet { return &rpc.Packet{Header: p.Reply(rpc.Failed)} }, rpc.CodeRPC, "malformed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			up := newLibvirtd(t, func(conn net.Conn, p *rpc.Packet) *rpc.Packet {
+				if p.Procedure == rpc.ProcConnectSetIdentity {
+					return c.answer(conn, p)
+				}
+				return &rpc.Packet{Header: p.Reply(rpc.OK)}
+			})
+			h := newHost(t, "xen1", up.path)
+			h.asUser(peerCred{pid: 1, uid: someUser, start: 1}, &fakeAuthority{verdict: func(context.Context, Subject, string) error { return nil }})
+			cl := client(t, h.rw)
+			if _, err := remote(cl, rpc.ProcAuthPolkit, nil); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				_, err := remote(cl, rpc.ProcConnectOpen, open(nil, 0))
+				wantError(t, err, c.code, c.text)
+				_, err = remote(cl, 12, nil)
+				wantError(t, err, rpc.CodeInternal, "connection not open")
+			}
+		})
 	}
 }
 
@@ -380,7 +441,7 @@ func (f *fakePolkit) CheckAuthorization(s polkitSubject, action string, details 
 	f.question = question
 	f.mu.Unlock()
 	switch action {
-	case "yes":
+	case "yes", "org.libvirt.api.connect.write":
 		return polkitResult{Authorized: true}, nil
 	case "challenge":
 		return polkitResult{Challenge: true}, nil
@@ -405,9 +466,12 @@ func privateBus(t *testing.T) string {
 	t.Helper()
 	migratetest.Need(t, "dbus", func() error { _, err := exec.LookPath("dbus-daemon"); return err })
 	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil { // libvirtd runs as another user
+		t.Fatal(err)
+	}
 	socket, conf := filepath.Join(dir, "bus"), filepath.Join(dir, "conf")
 	err := os.WriteFile(conf, []byte(`<busconfig><listen>unix:path=`+socket+`</listen><auth>EXTERNAL</auth>
-<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`), 0o600)
+<policy context="default"><allow user="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`), 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -425,6 +489,56 @@ func privateBus(t *testing.T) string {
 	})
 	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path="+socket)
 	return socket
+}
+
+// startPolkit puts one on the bus.
+func startPolkit(t *testing.T) *fakePolkit {
+	t.Helper()
+	bus, err := dbus.ConnectSystemBus()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { bus.Close() })
+	f := &fakePolkit{canceled: make(chan string, 1), over: make(chan struct{})}
+	if err := bus.Export(f, polkitPath, polkitIface); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bus.RequestName(polkitName, 0); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// TestAccessRules has a libvirtd whose own access rules are in force. They must
+// meet the client, as they do without us, and not root.
+func TestAccessRules(t *testing.T) {
+	privateBus(t)
+	f := startPolkit(t)
+	l := drivertest.StartLibvirtd(t, `access_drivers = [ "polkit" ]`)
+	h := newHost(t, "xen1", l.Socket)
+	h.asUser(peerCred{pid: 4711, uid: someUser, gid: someUser, start: 99},
+		&fakeAuthority{verdict: func(context.Context, Subject, string) error { return nil }})
+	c := client(t, h.rw)
+	if _, err := remote(c, rpc.ProcAuthPolkit, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := remote(c, rpc.ProcConnectOpen, open(nil, 0)); err != nil {
+		t.Fatal(err)
+	}
+	// The test driver has no access rules, so all there is to ask for is what
+	// libvirtd itself checks: that one may speak for another.
+	if _, err := remote(c, rpc.ProcConnectSetIdentity, (&rpc.SetIdentityArgs{}).Append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	want := []string{
+		fmt.Sprintf("unix-process pid=%d start=%d uid=%d action=org.libvirt.api.connect.write flags=0", os.Getpid(), processStart(int32(os.Getpid())), os.Getuid()),
+		"unix-process pid=4711 start=99 uid=70000 action=org.libvirt.api.connect.write flags=0",
+	}
+	if !slices.Equal(f.asked, want) {
+		t.Errorf("polkit was asked %q, want %q", f.asked, want)
+	}
 }
 
 func TestPolkit(t *testing.T) {
@@ -475,18 +589,7 @@ func TestPolkit(t *testing.T) {
 		t.Error("present on an empty bus")
 	}
 	wantError(t, p.Check(ctx, Subject{}, "yes"), rpc.CodeAuthFailed, "polkit does not answer")
-	bus, err := dbus.ConnectSystemBus()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer bus.Close()
-	f := &fakePolkit{canceled: make(chan string, 1), over: make(chan struct{})}
-	if err := bus.Export(f, polkitPath, polkitIface); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := bus.RequestName(polkitName, 0); err != nil {
-		t.Fatal(err)
-	}
+	f := startPolkit(t)
 	if !p.Present(ctx) {
 		t.Error("not present")
 	}

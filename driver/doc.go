@@ -19,7 +19,8 @@
 // Authorisation: libvirtd sees root in us, so what a client may do is decided
 // here, before anything of it is passed on. Root may do everything; others as
 // polkit says of libvirt's own two actions, or, where there is no polkit, as
-// members of the group libvirt (decide). A reader, by the socket it came through or
+// members of the group libvirt (decide). Libvirtd is told who the client is, for its
+// own rules (openAs). A reader, by the socket it came through or
 // by its own wish, gets through only what is known to change nothing (rpc.ReadOnly),
 // and libvirtd sees a read-only client of its own.
 package driver

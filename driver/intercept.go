@@ -19,7 +19,7 @@ const useP2P = "use virDomainMigrateToURI3 with VIR_MIGRATE_PEER2PEER, that is v
 func (s *session) intercept(ctx context.Context, p *rpc.Packet) (bool, error) {
 	switch p.Procedure {
 	case rpc.ProcConnectOpen:
-		return s.open(p)
+		return s.open(ctx, p)
 	case rpc.ProcConnectGetURI:
 		ret := rpc.ConnectGetURIRet{URI: s.name}
 		return true, s.answer(p, ret.Append(nil))
@@ -72,7 +72,7 @@ func (s *session) intercept(ctx context.Context, p *rpc.Packet) (bool, error) {
 var errManaged = refuse(rpc.CodeArgumentUnsupp, "protection is not a migration that the client manages", useP2P)
 
 // open replaces the name that the client has for us by libvirtd's.
-func (s *session) open(p *rpc.Packet) (bool, error) {
+func (s *session) open(ctx context.Context, p *rpc.Packet) (bool, error) {
 	a, err := rpc.DecodeConnectOpenArgs(p.Payload)
 	if err != nil {
 		return true, s.fail(p, err)
@@ -88,6 +88,9 @@ func (s *session) open(p *rpc.Packet) (bool, error) {
 	}
 	s.ro = s.ro || a.Flags&rpc.ConnectRO != 0
 	p.Payload = a.Append(nil)
+	if s.foreign() {
+		return true, s.openAs(ctx, p)
+	}
 	return false, nil
 }
 

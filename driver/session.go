@@ -243,10 +243,20 @@ func (s *session) connect(ctx context.Context) error {
 	if s.upstream != nil {
 		return nil
 	}
+	if s.foreign() {
+		return errNotOpen // openAs has to come first
+	}
 	c, err := s.d.cfg.dialUpstream(ctx, s.socketRO)
 	if err != nil {
 		return err
 	}
+	s.adopt(ctx, c)
+	return nil
+}
+
+// adopt makes c the session's connection to libvirtd. The caller holds
+// s.connecting.
+func (s *session) adopt(ctx context.Context, c net.Conn) {
 	s.mu.Lock()
 	s.upstream = c
 	s.mu.Unlock()
@@ -258,7 +268,6 @@ func (s *session) connect(ctx context.Context) error {
 		s.failWaiting(err)
 		s.end(err)
 	})
-	return nil
 }
 
 func (s *session) readUpstream(c net.Conn) error {

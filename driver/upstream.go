@@ -7,7 +7,9 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -102,4 +104,88 @@ func (c *Config) dialUpstream(ctx context.Context, ro bool) (net.Conn, error) {
 		Code: rpc.CodeNoConnect, From: rpc.FromRPC,
 		Message: fmt.Sprintf("libvirtd cannot be reached: %s; see systemctl status libvirtd", oneLine(errors.Join(errs...).Error())),
 	}
+}
+
+var errNotOpen = &rpc.Error{Code: rpc.CodeInternal, From: rpc.FromRPC, Message: "connection not open"}
+
+// foreign says whether the client is of another user than libvirtd takes us for.
+func (s *session) foreign() bool {
+	return s.cred != nil && s.cred.uid != 0 && s.cred.uid != uint32(os.Geteuid())
+}
+
+// openTimeout bounds the wait for libvirtd to open a connection. Drivers do it in
+// no time.
+const openTimeout = 30 * time.Second
+
+// openAs opens the connection to libvirtd for a client that is not root, by the
+// call p, and tells libvirtd who the client is, so that its access rules and its
+// audit see the client and not us. Nothing of the client goes there before that.
+func (s *session) openAs(ctx context.Context, p *rpc.Packet) error {
+	s.connecting.Lock()
+	if s.upstream != nil {
+		s.connecting.Unlock()
+		return s.forward(ctx, p) // libvirtd will not have a second
+	}
+	defer s.connecting.Unlock()
+	c, err := s.d.cfg.dialUpstream(ctx, s.socketRO)
+	if err != nil {
+		return s.fail(p, err)
+	}
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	c.SetDeadline(time.Now().Add(openTimeout))
+	b, err := callUpstream(c, rpc.ProcConnectOpen, p.Payload)
+	if err == nil {
+		_, err = callUpstream(c, rpc.ProcConnectSetIdentity, s.cred.identity().Append(nil))
+	}
+	if err != nil {
+		c.Close()
+		return s.fail(p, err)
+	}
+	c.SetDeadline(time.Time{})
+	s.adopt(ctx, c)
+	return s.answer(p, b)
+}
+
+// callUpstream makes a call on a connection that nobody else uses yet.
+func callUpstream(c net.Conn, proc rpc.Procedure, args []byte) ([]byte, error) {
+	gone := func(err error) error {
+		return &rpc.Error{Code: rpc.CodeRPC, From: rpc.FromRPC, Message: fmt.Sprintf("%v while it was being opened: %v", errUpstreamGone, err)}
+	}
+	h := rpc.Header{Program: rpc.ProgramRemote, Version: 1, Procedure: proc, Type: rpc.Call, Serial: 1}
+	if err := rpc.WritePacket(c, &rpc.Packet{Header: h, Payload: args}); err != nil {
+		return nil, gone(err)
+	}
+	r, err := rpc.ReadPacket(c)
+	if err != nil {
+		return nil, gone(err)
+	}
+	if r.Header == h.Reply(rpc.OK) {
+		return r.Payload, nil
+	}
+	if r.Header != h.Reply(rpc.Failed) {
+		return nil, gone(fmt.Errorf("%w: no reply", rpc.ErrFrame))
+	}
+	e, err := rpc.DecodeError(r.Payload)
+	if err != nil {
+		return nil, gone(err)
+	}
+	return nil, e
+}
+
+// identity is the process in libvirt's terms.
+func (p *peerCred) identity() *rpc.SetIdentityArgs {
+	number := func(field string, typ rpc.ParamType, n uint64) rpc.TypedParam {
+		return rpc.TypedParam{Field: field, Type: typ, Number: n}
+	}
+	a := &rpc.SetIdentityArgs{Params: []rpc.TypedParam{
+		number("unix-user-id", rpc.ParamULLong, uint64(p.uid)),
+		number("unix-group-id", rpc.ParamULLong, uint64(p.gid)),
+		number("process-id", rpc.ParamLLong, uint64(p.pid)),
+		number("process-time", rpc.ParamULLong, p.start),
+	}}
+	if u, err := user.LookupId(strconv.FormatUint(uint64(p.uid), 10)); err == nil {
+		a.Params = append(a.Params, rpc.TypedParam{Field: "user-name", Type: rpc.ParamString, String: u.Username})
+	}
+	return a
 }

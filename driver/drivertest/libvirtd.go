@@ -46,9 +46,9 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-// StartLibvirtd starts one that ends with the test. The capability it needs is
-// called libvirtd and includes virsh.
-func StartLibvirtd(t testing.TB) *Libvirtd {
+// StartLibvirtd starts one that ends with the test, with these lines in its
+// libvirtd.conf. The capability it needs is called libvirtd and includes virsh.
+func StartLibvirtd(t testing.TB, conf ...string) *Libvirtd {
 	t.Helper()
 	migratetest.Need(t, "libvirtd", func() error {
 		if _, err := exec.LookPath("virsh"); err != nil {
@@ -63,12 +63,23 @@ func StartLibvirtd(t testing.TB) *Libvirtd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	if os.Getuid() == 0 {
-		if err := os.Chown(dir, nobody, nobody); err != nil {
+	sub := filepath.Join(dir, "libvirt")
+	if err := os.Mkdir(sub, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if len(conf) > 0 {
+		if err := os.WriteFile(filepath.Join(sub, "libvirtd.conf"), []byte(strings.Join(conf, "\n")+"\n"), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	l := &Libvirtd{Dir: dir, Socket: filepath.Join(dir, "libvirt", "libvirt-sock"), t: t}
+	if os.Getuid() == 0 {
+		for _, d := range []string{dir, sub} {
+			if err := os.Chown(d, nobody, nobody); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	l := &Libvirtd{Dir: dir, Socket: filepath.Join(sub, "libvirt-sock"), t: t}
 	t.Cleanup(l.Stop)
 	l.Start()
 	return l
@@ -79,6 +90,9 @@ func (l *Libvirtd) Start() {
 	l.t.Helper()
 	l.cmd = exec.Command("libvirtd")
 	l.cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + l.Dir}
+	if bus := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); bus != "" { // one of the test's own
+		l.cmd.Env = append(l.cmd.Env, "DBUS_SYSTEM_BUS_ADDRESS="+bus)
+	}
 	for _, v := range []string{"XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"} {
 		l.cmd.Env = append(l.cmd.Env, v+"="+l.Dir)
 	}

@@ -43,3 +43,28 @@ func (v *AuthListRet) Append(b []byte) []byte {
 	}
 	return b
 }
+
+// ProcConnectSetIdentity tells libvirtd for whom the caller speaks. Its access
+// rules go by that from then on.
+const ProcConnectSetIdentity Procedure = 419
+
+// SetIdentityArgs are the arguments of ProcConnectSetIdentity.
+type SetIdentityArgs struct {
+	Params []TypedParam
+	Flags  uint32
+}
+
+// DecodeSetIdentityArgs decodes the arguments.
+func DecodeSetIdentityArgs(b []byte) (*SetIdentityArgs, error) {
+	d := decoder{b: b}
+	v := SetIdentityArgs{Params: d.params(identityMax), Flags: d.uint32()}
+	if err := d.done(); err != nil {
+		return nil, err
+	}
+	return &v, nil
+}
+
+// Append appends the encoded arguments.
+func (v *SetIdentityArgs) Append(b []byte) []byte {
+	return appendUint32(appendParams(b, v.Params), v.Flags)
+}

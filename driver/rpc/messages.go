@@ -15,6 +15,7 @@ const (
 	domainListMax    = 16384   // REMOTE_DOMAIN_LIST_MAX
 	domainStatsMax   = 1 << 18 // REMOTE_CONNECT_GET_ALL_DOMAIN_STATS_MAX
 	authTypesMax     = 20      // REMOTE_AUTH_TYPE_LIST_MAX
+	identityMax      = 20      // REMOTE_CONNECT_IDENTITY_PARAMS_MAX
 	// MaxOpaque bounds the JSON of ProgramKemari.
 	MaxOpaque = 1 << 20
 )

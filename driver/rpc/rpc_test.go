@@ -89,6 +89,7 @@ var codecs = []codec{
 		&DomainStatsRet{{Domain: g1, Params: allParams}, {Domain: g1, Params: []TypedParam{}}},
 	}},
 	{"auth list", wrap(DecodeAuthListRet), msgs{&AuthListRet{AuthNone, AuthPolkit}, &AuthListRet{}}},
+	{"set identity", wrap(DecodeSetIdentityArgs), msgs{&SetIdentityArgs{Params: allParams, Flags: 1}, &SetIdentityArgs{Params: []TypedParam{}}}},
 	{"error", wrap(DecodeError), msgs{&Error{Code: CodeRPC, From: FromRPC, Message: "no"}}},
 	{"opaque", func(b []byte) (any, error) {
 		v, err := DecodeOpaque(b)
@@ -203,6 +204,7 @@ func FuzzDomainFlags(f *testing.F)   { fuzz(f, "domain flags") }
 func FuzzJobStats(f *testing.F)      { fuzz(f, "job stats") }
 func FuzzDomainStats(f *testing.F)   { fuzz(f, "domain stats") }
 func FuzzAuthList(f *testing.F)      { fuzz(f, "auth list") }
+func FuzzSetIdentity(f *testing.F)   { fuzz(f, "set identity") }
 func FuzzError(f *testing.F)         { fuzz(f, "error") }
 func FuzzOpaque(f *testing.F)        { fuzz(f, "opaque") }
 func FuzzPacket(f *testing.F)        { fuzz(f, "packet") }
