@@ -360,20 +360,13 @@ func (f *fakeLibvirtd) packets() []*rpc.Packet {
 	return append([]*rpc.Packet(nil), f.got...)
 }
 
-// dialNow is for who closes the connection before the test ends.
-func dialNow(t *testing.T, path string) net.Conn {
+func dial(t *testing.T, path string) net.Conn {
 	t.Helper()
 	c, err := net.Dial("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.SetDeadline(time.Now().Add(20 * time.Second))
-	return c
-}
-
-func dial(t *testing.T, path string) net.Conn {
-	t.Helper()
-	c := dialNow(t, path)
 	t.Cleanup(func() { c.Close() })
 	return c
 }
