@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -110,8 +111,9 @@ func (s *session) Read(b []byte) (int, error) {
 }
 
 func (s *session) readClient(ctx context.Context) error {
+	r := bufio.NewReader(s) // so that a short frame is one system call
 	for {
-		p, err := rpc.ReadPacket(s)
+		p, err := rpc.ReadPacket(r)
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return errClientSilent
@@ -271,8 +273,9 @@ func (s *session) adopt(ctx context.Context, c net.Conn) {
 }
 
 func (s *session) readUpstream(c net.Conn) error {
+	r := bufio.NewReader(c)
 	for {
-		p, err := rpc.ReadPacket(c)
+		p, err := rpc.ReadPacket(r)
 		switch {
 		case err == io.EOF:
 			return errUpstreamGone
