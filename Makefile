@@ -97,7 +97,7 @@ install: build
 	install -D -m 644 systemd/units/kemari-modules.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/kemari.conf
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 driver/cmd/kemari/*.1
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 driver/cmd/virtkemarid/virtkemarid.8
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/kemari xml/kemari.rng
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/kemari xml/*.rng
 
 .PHONY: clean
 clean:

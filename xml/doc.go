@@ -10,8 +10,13 @@
 //	</metadata>
 //
 // It stands in <metadata> because that is the one place where libvirt keeps what
-// it does not know. kemari.rng describes it to other programs; the package is
-// stricter, since a schema cannot compare two attributes.
+// it does not know. People write and see it at the top level of the domain, without
+// the namespace; Lower and Raise are the way from there and back. The driver takes
+// every domain that way, so xen:///system has the one form and kemari:///system
+// the other.
+//
+// kemari.rng, kemari-metadata.rng and kemari-domain.rng describe it to other
+// programs; the package is stricter, since a schema cannot compare two attributes.
 //
 // Documents are changed by replacing spans of their bytes and are never printed
 // anew: what is not ours, down to comments, quotes and white space, stays as it

@@ -23,10 +23,14 @@ func FromDomain(domainXML string) (*Element, error) {
 	default:
 		return nil, errors.New("kemari: stands in <metadata> more than once")
 	}
-	if n := own[0].end - own[0].start; n > MaxSize {
-		return nil, fmt.Errorf("kemari: %d bytes, allowed are %d", n, MaxSize)
+	return parseBounded(own[0])
+}
+
+func parseBounded(n *node) (*Element, error) {
+	if size := n.end - n.start; size > MaxSize {
+		return nil, fmt.Errorf("kemari: %d bytes, allowed are %d", size, MaxSize)
 	}
-	return parseElement(own[0])
+	return parseElement(n)
 }
 
 // own returns our elements in the first <metadata>, the only one libvirt keeps.

@@ -16,7 +16,7 @@ func TestSchema(t *testing.T) {
 		return err
 	})
 	for dir, valid := range map[string]bool{"good": true, "loose": true, "relation": true, "bad": false} {
-		args := []string{"--noout", "--nonet", "--relaxng", "kemari.rng"}
+		args := []string{"--noout", "--nonet", "--relaxng", "kemari-metadata.rng"}
 		for name := range files(t, dir) {
 			args = append(args, name)
 		}
