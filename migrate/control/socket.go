@@ -23,11 +23,22 @@ const (
 	OpStatus   Op = "status"   // answer with the Status
 	OpAbort    Op = "abort"    // end protection; answered once it has ended on both sides
 	OpFailover Op = "failover" // standby: take over now; answered once the guest runs here
+
+	// primary: take checkpoints as Request.Checkpoint says from now on
+	OpCheckpoint Op = "checkpoint"
 )
+
+// Checkpoint is when checkpoints are taken, as in PrimaryConfig.
+type Checkpoint struct {
+	Trigger string        `json:"trigger"`
+	Min     time.Duration `json:"min"`
+	Max     time.Duration `json:"max"`
+}
 
 // Request is one line from a client.
 type Request struct {
-	Op Op `json:"op"`
+	Op         Op          `json:"op"`
+	Checkpoint *Checkpoint `json:"checkpoint,omitempty"` // of OpCheckpoint alone
 }
 
 // Response answers a Request: the Status after it, or Error.
@@ -39,9 +50,15 @@ type Response struct {
 // ErrNotRunning is returned by Ask where no process listens.
 var ErrNotRunning = errors.New("no such protection is running here")
 
-// Handler answers requests. It is called from several goroutines at once, may
-// block, and must return when ctx ends.
+// Handler answers requests that are no more than an Op. It is called from several
+// goroutines at once, may block, and must return when ctx ends.
 type Handler func(ctx context.Context, op Op) (Status, error)
+
+// RequestHandler is a Handler of whole requests.
+type RequestHandler func(ctx context.Context, req Request) (Status, error)
+
+// ErrSettings is what Serve answers to a request with settings.
+var ErrSettings = errors.New("this version cannot change its settings while it runs")
 
 // Listen opens the control socket, which the group libvirt may use if there is
 // one, replacing a stale one.
@@ -65,8 +82,19 @@ func Listen(path string, gid int) (net.Listener, error) {
 }
 
 // Serve answers clients of l until ctx ends, then closes l and its connections
-// and returns when the last handler has returned.
+// and returns when the last handler has returned. It refuses requests with
+// settings.
 func Serve(ctx context.Context, l net.Listener, h Handler) error {
+	return ServeRequests(ctx, l, func(ctx context.Context, req Request) (Status, error) {
+		if req.Checkpoint != nil || req.Op == OpCheckpoint {
+			return Status{}, ErrSettings
+		}
+		return h(ctx, req.Op)
+	})
+}
+
+// ServeRequests is Serve for a handler that takes settings.
+func ServeRequests(ctx context.Context, l net.Listener, h RequestHandler) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -92,7 +120,7 @@ func Serve(ctx context.Context, l net.Listener, h Handler) error {
 	}
 }
 
-func serveConn(ctx context.Context, c net.Conn, h Handler) {
+func serveConn(ctx context.Context, c net.Conn, h RequestHandler) {
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -103,7 +131,7 @@ func serveConn(ctx context.Context, c net.Conn, h Handler) {
 		var resp Response
 		if err := json.Unmarshal(s.Bytes(), &req); err != nil {
 			resp.Error = "not a request: " + err.Error()
-		} else if st, err := h(ctx, req.Op); err != nil {
+		} else if st, err := h(ctx, req); err != nil {
 			resp.Error = err.Error()
 		} else {
 			resp.Status = &st
@@ -122,6 +150,16 @@ func serveConn(ctx context.Context, c net.Conn, h Handler) {
 // Ask sends one request and waits for its answer, as long as ctx lasts. It
 // returns ErrNotRunning if nobody listens at path.
 func Ask(ctx context.Context, path string, op Op) (Status, error) {
+	return ask(ctx, path, Request{Op: op})
+}
+
+// SetCheckpoint is Ask for OpCheckpoint.
+func SetCheckpoint(ctx context.Context, path string, c Checkpoint) (Status, error) {
+	return ask(ctx, path, Request{Op: OpCheckpoint, Checkpoint: &c})
+}
+
+func ask(ctx context.Context, path string, req Request) (Status, error) {
+	op := req.Op
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", path)
 	if err != nil {
@@ -133,7 +171,7 @@ func Ask(ctx context.Context, path string, op Op) (Status, error) {
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	b, err := json.Marshal(Request{Op: op})
+	b, err := json.Marshal(req)
 	if err != nil {
 		return Status{}, err
 	}
