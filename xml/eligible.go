@@ -69,6 +69,15 @@ func memoryReasons(d *document) []Reason {
 	return rs
 }
 
+// MemoryKiB returns the size of a domain's memory.
+func MemoryKiB(domainXML string) (uint64, error) {
+	d, err := parseDomain(domainXML)
+	if err != nil {
+		return 0, err
+	}
+	return kib(d.root.first("memory"))
+}
+
 func deviceReasons(devices *node) []Reason {
 	var rs []Reason
 	for _, h := range devices.named("hostdev") {
