@@ -9,7 +9,14 @@
 //
 // Each client has a connection of its own to libvirtd, so that serials, callback
 // numbers, events and streams pass through unchanged. What is not passed through
-// is listed in intercept.go and guard.go, and nowhere else.
+// is listed in intercept.go, guard.go and, as far as it is about what a protection
+// looks like to libvirt's clients, in interpose:
+//
+//	element.go  <kemari> at the top level of a domain's XML; what may change in it
+//	shadow.go   the standby's copy is a paused guest, and is left alone
+//	job.go      the protection is the guest's job, with statistics; stats.go too
+//	events.go   what happens to it is sent to whoever has registered
+//	migrate.go  every way to ask for it; capabilities.go says that one can
 //
 // The driver holds no guest's life in its hands. What protects a guest are
 // processes of their own, which go on when this one ends; the driver's only

@@ -74,6 +74,10 @@ type Driver struct {
 	users    map[uint32]int        // clients of users other than root
 	attempts map[rpc.UUID]*attempt // protections being set up here
 	standbys map[rpc.UUID]*standbyLock
+
+	hub  hub
+	jobs sync.Mutex
+	told map[rpc.UUID]uint64 // the ended protections, by generation, that were told of
 }
 
 // New returns a driver.

@@ -44,10 +44,12 @@ func parseUUID(t testing.TB, s string) rpc.UUID {
 
 // fakeLibvirt is what a driver itself sees of libvirtd.
 type fakeLibvirt struct {
-	guest Guest
-	err   error
-	names map[string]Known
-	free  uint64
+	guest  Guest
+	err    error
+	names  map[string]Known
+	free   uint64
+	next   string   // the XML of the next start, if it is another
+	listed []uint32 // flags of the lists that were asked for
 }
 
 func (f *fakeLibvirt) Guest(id rpc.UUID) (Guest, error) {
@@ -109,7 +111,7 @@ func (u *fakeUnits) Start(ctx context.Context, name string) error {
 	p.served = make(chan struct{})
 	go func() {
 		defer close(p.served)
-		control.Serve(ctx, l, p.handle)
+		control.ServeRequests(ctx, l, p.request)
 	}()
 	if err := u.scripts[role](p); err != nil {
 		p.exit(err.Error())
@@ -141,9 +143,11 @@ type process struct {
 	cancel  context.CancelFunc
 	served  chan struct{}
 
-	mu   sync.Mutex
-	st   control.Status
-	once sync.Once
+	mu     sync.Mutex
+	st     control.Status
+	set    []control.Checkpoint // what it was told to take up
+	setErr error                // why it does not
+	once   sync.Once
 }
 
 func (p *process) phase(ph control.Phase) {
@@ -158,8 +162,16 @@ func (p *process) status() control.Status {
 	return p.st
 }
 
-func (p *process) handle(_ context.Context, op control.Op) (control.Status, error) {
-	if op == control.OpAbort {
+func (p *process) request(_ context.Context, req control.Request) (control.Status, error) {
+	if req.Checkpoint != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.setErr == nil {
+			p.set = append(p.set, *req.Checkpoint)
+		}
+		return p.st, p.setErr
+	}
+	if req.Op == control.OpAbort {
 		p.phase(control.Ended)
 		control.WriteLast(p.paths, p.status())
 		go p.exit("")

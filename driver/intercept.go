@@ -28,6 +28,9 @@ func (s *session) intercept(ctx context.Context, p *rpc.Packet) (bool, error) {
 	case rpc.ProcDomainOpenGraphicsFD:
 		return true, s.fail(p, errNoFDs)
 	}
+	if done, err := s.interpose(ctx, p); done || err != nil {
+		return done, err
+	}
 	if s.ro {
 		return false, nil // libvirtd refuses whatever changes anything
 	}
@@ -79,6 +82,9 @@ func (s *session) open(ctx context.Context, p *rpc.Packet) (bool, error) {
 	}
 	if a.Name != nil && *a.Name != "" {
 		if s.name, err = checkName(*a.Name); err != nil {
+			return true, s.fail(p, err)
+		}
+		if _, s.inter.protect, err = asksKemari(*a.Name); err != nil {
 			return true, s.fail(p, err)
 		}
 	}

@@ -19,6 +19,13 @@ type Libvirt interface {
 	Guest(id rpc.UUID) (Guest, error)
 	// Names returns the UUIDs of all domains, active or only defined, by name.
 	Names() (map[string]Known, error)
+	// XML returns a domain's definition, with its secrets: that of its next start,
+	// or as it is. It returns ErrNoGuest if there is none.
+	XML(id rpc.UUID, next bool) (string, error)
+	// Domains returns those that virConnectListAllDomains's flags select.
+	Domains(flags uint32) ([]rpc.Domain, error)
+	// Info returns a domain's, or ErrNoGuest.
+	Info(dom rpc.Domain) (rpc.DomainInfo, error)
 	// FreeMemory is the host's, in KiB.
 	FreeMemory() (uint64, error)
 	// Version is libvirt's: 1000000 * major + 1000 * minor + release.

@@ -17,6 +17,7 @@ const (
 	procCheck              = rpc.Procedure(1)
 	procPrepare            = rpc.Procedure(2)
 	procDiscard            = rpc.Procedure(3)
+	procExamine            = rpc.Procedure(4) // asked by a client of ours, not by a host
 	vifScript              = "/usr/libexec/kemari/vif-kemari"
 	unitReplicator         = "kemari-replicator@%s.service"
 	unitStandby            = "kemari-standby@%s.service"
@@ -121,6 +122,11 @@ func (s *session) peerCall(ctx context.Context, p *rpc.Packet) ([]byte, error) {
 		var req discardRequest
 		if err = decodePeer(p.Payload, &req); err == nil {
 			reply, err = s.discard(ctx, req)
+		}
+	case procExamine:
+		var req examineRequest
+		if err = decodePeer(p.Payload, &req); err == nil {
+			reply, err = s.d.examine(ctx, req)
 		}
 	default:
 		err = &rpc.Error{Code: rpc.CodeRPC, From: rpc.FromRPC, Message: fmt.Sprintf("unknown procedure: %d", p.Procedure)}

@@ -57,6 +57,8 @@ type session struct {
 	upstream   net.Conn // written with connecting and mu held
 	toUpstream sync.Mutex
 
+	inter interposed
+
 	mu       sync.Mutex
 	acc      access
 	denied   error                     // why acc is denied
@@ -302,6 +304,9 @@ func (s *session) readUpstream(c net.Conn) error {
 			s.mu.Lock()
 			delete(s.waiting, p.Serial)
 			s.mu.Unlock()
+			if p = s.replied(p); p == nil {
+				continue
+			}
 		}
 		if err := s.reply(p); err != nil {
 			return err

@@ -10,9 +10,17 @@ import (
 // verdict says whether the host there can be the standby of the guest here, with
 // all that stands against it.
 func verdict(g Guest, here Host, there *checkReply) error {
+	rs := verdictReasons(g, here, there)
+	if here.Boot == there.Host.Boot {
+		return refuse(rpc.CodeInvalidArg, rs[0].Text, rs[0].Remedy)
+	}
+	return refuseAll(rs)
+}
+
+func verdictReasons(g Guest, here Host, there *checkReply) []xml.Reason {
 	if here.Boot == there.Host.Boot {
 		// All else would follow from it, and only confuse.
-		return refuse(rpc.CodeInvalidArg, "the standby is this very host", "name another one")
+		return []xml.Reason{{Text: "the standby is this very host", Remedy: "name another one"}}
 	}
 	var rs []xml.Reason
 	name := there.Host.Name
@@ -29,7 +37,7 @@ func verdict(g Guest, here Host, there *checkReply) error {
 			Remedy: "free some there, or give its dom0 less (xl mem-set 0 …)",
 		})
 	}
-	return refuseAll(rs)
+	return rs
 }
 
 // neededKiB is what Xen takes for a guest: its memory, the tables that map it,

@@ -1,5 +1,11 @@
 package rpc
 
+// More codes that the driver uses or tells apart.
+const (
+	CodeNoSupport Code = 3  // VIR_ERR_NO_SUPPORT
+	CodeXMLError  Code = 27 // VIR_ERR_XML_ERROR
+)
+
 // ListAllDomainsArgs are the arguments of ProcConnectListAllDomains.
 type ListAllDomainsArgs struct {
 	NeedResults int32
