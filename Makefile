@@ -96,6 +96,8 @@ install: build
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/tmpfiles.d systemd/units/kemari.conf
 	install -D -m 644 systemd/units/kemari-modules.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/kemari.conf
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 driver/cmd/kemari/*.1
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man7 driver/cmd/kemari/*.7
+	install -D -m 644 driver/cmd/kemari/kemari.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kemari
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 driver/cmd/virtkemarid/virtkemarid.8
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/kemari xml/*.rng
 

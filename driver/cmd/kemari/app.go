@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -13,7 +12,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"kemari/migrate/control"
-	"kemari/xml"
 )
 
 // failoverTimeout bounds the wait for a take-over that was asked for.
@@ -109,9 +107,11 @@ func newApp(h *host) *cli.App {
 			{
 				Name:      "check",
 				Usage:     "tell whether a guest can be protected, and if not, why",
-				ArgsUsage: "[DOMAIN...]",
-				Description: "Checks all domains of the host if none is given.\n\n" +
-					"Exit status: 0 if all of them can be protected, 3 if one cannot, 1 if this\ncould not be found out.",
+				ArgsUsage: "[DOMAIN...] | DOMAIN URI",
+				Description: "Checks all domains of the host if none is given, as far as this host can tell.\n" +
+					"The standby named by URI, or by the element of a DOMAIN given, is asked too.\n\n" +
+					"Exit status: 0 if all of them can be protected, 3 if one cannot, 1 if this\ncould not be found out.\n\n" +
+					"Examples:\n   kemari check\n   kemari check g1 kemari+ssh://xen2/system --json",
 				Flags:        []cli.Flag{connect, asJSON},
 				BashComplete: h.completeDomains,
 				Action:       h.checkCommand,
@@ -261,95 +261,6 @@ func (h *host) failoverCommand(c *cli.Context) error {
 	}
 	fmt.Fprintf(h.out, "Domain '%s' runs on this host now\n", s.Domain)
 	return nil
-}
-
-// checked is what check tells of one domain.
-type checked struct {
-	Domain   string   `json:"domain"`
-	UUID     string   `json:"uuid"`
-	Eligible bool     `json:"eligible"`
-	Reasons  []reason `json:"reasons"`
-}
-
-type reason struct {
-	Text   string `json:"text"`
-	Remedy string `json:"remedy"`
-}
-
-func (h *host) checkCommand(c *cli.Context) error {
-	connect, err := h.kemariURI(c.String("connect"))
-	if err != nil {
-		return err
-	}
-	hv, err := h.open(connect, true)
-	if err != nil {
-		return err
-	}
-	defer hv.Close()
-	all, err := check(hv, c.Args().Slice())
-	if err != nil {
-		return err
-	}
-	if c.Bool("json") {
-		b, err := json.MarshalIndent(all, "", "  ")
-		if err != nil {
-			return err
-		}
-		fmt.Fprintf(h.out, "%s\n", b)
-	}
-	var result error
-	for _, d := range all {
-		if !d.Eligible {
-			result = &exit{code: exitUnprotected}
-		}
-		if c.Bool("json") {
-			continue
-		}
-		if d.Eligible {
-			fmt.Fprintf(h.out, "Domain '%s' can be protected\n", d.Domain)
-			continue
-		}
-		fmt.Fprintf(h.out, "Domain '%s' cannot be protected:\n", d.Domain)
-		for _, r := range d.Reasons {
-			fmt.Fprintf(h.out, "  - %s: %s\n", r.Text, r.Remedy)
-		}
-	}
-	return result
-}
-
-// check examines the domains called names, or all.
-func check(hv hypervisor, names []string) ([]checked, error) {
-	doms, err := hv.List()
-	if len(names) > 0 {
-		doms, err = nil, nil
-		for _, n := range names {
-			d, err := hv.Lookup(n)
-			if err != nil {
-				return nil, err
-			}
-			doms = append(doms, d)
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	all := []checked{}
-	for _, d := range doms {
-		domainXML, err := hv.XML(d.UUID, false)
-		if err != nil {
-			return nil, err
-		}
-		r := checked{Domain: d.Name, UUID: d.UUID, Reasons: []reason{}}
-		for _, why := range xml.Ineligible(domainXML) {
-			r.Reasons = append(r.Reasons, reason(why))
-		}
-		if _, err := xml.FromDomain(domainXML); err != nil {
-			r.Reasons = append(r.Reasons, reason{"its element is wrong: " + err.Error(), "correct it with virsh edit or virsh metadata"})
-		}
-		r.Eligible = len(r.Reasons) == 0
-		all = append(all, r)
-	}
-	return all, nil
 }
 
 // completeDomains offers the domains that are known here without asking libvirt,

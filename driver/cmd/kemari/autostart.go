@@ -55,7 +55,7 @@ func (h *host) autostartOnce(ctx context.Context, log *slog.Logger, connect, uui
 	if err != nil {
 		return err
 	}
-	domainXML, err := hv.XML(dom.UUID, true)
+	domainXML, err := definition(hv, dom, true)
 	if err != nil {
 		return err
 	}

@@ -8,5 +8,7 @@
 //	app.go        the face of kemari: its commands
 //	protect.go    protection begun, with progress and interruption, for both
 //	autostart.go  protection begun because the domain's element asks for it
+//	check.go      why a guest cannot be protected
+//	complete.go   what the shell offers for --kemari… of the face of virsh
 //	status.go     what the protections on this host say of themselves
 package main

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/term"
 
+	"kemari/driver"
 	"kemari/driver/virt"
 	"kemari/migrate/control"
 )
@@ -38,10 +39,11 @@ func main() {
 			}
 			return c, nil
 		},
-		now:   time.Now,
-		poll:  250 * time.Millisecond,
-		retry: 2 * time.Second,
-		limit: time.Minute,
+		examine: driver.Examine,
+		now:     time.Now,
+		poll:    250 * time.Millisecond,
+		retry:   2 * time.Second,
+		limit:   time.Minute,
 	}
 	if filepath.Base(os.Args[0]) == "virsh" {
 		os.Exit(virsh(ctx, h, os.Args[1:]))

@@ -16,6 +16,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.uber.org/goleak"
 
+	"kemari/driver"
 	"kemari/driver/virt"
 	"kemari/migrate/control"
 	"kemari/xml"
@@ -66,6 +67,10 @@ type libvirt struct {
 	openErr error
 	protect func(virt.Protection) error
 	abort   func() error
+
+	examination *driver.Examination
+	examineErr  error
+	examined    []string // connection, domain and standby
 
 	mu       sync.Mutex
 	uris     []string          // opened
@@ -134,10 +139,14 @@ func newHost(t *testing.T) (h *host, l *libvirt, out, err *bytes.Buffer) {
 		root:   t.TempDir(),
 		name:   "xen1",
 		open:   l.connect,
-		now:    time.Now,
-		poll:   time.Millisecond,
-		retry:  2 * time.Second,
-		limit:  time.Minute,
+		examine: func(_ context.Context, connect, domain, standby string) (*driver.Examination, error) {
+			l.examined = append(l.examined, connect+" "+domain+" "+standby)
+			return l.examination, l.examineErr
+		},
+		now:   time.Now,
+		poll:  time.Millisecond,
+		retry: 2 * time.Second,
+		limit: time.Minute,
 	}
 	t.Cleanup(func() {
 		if l.open != 0 {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/schollz/progressbar/v3"
 
+	"kemari/driver"
 	"kemari/driver/virt"
 	"kemari/migrate/control"
 	"kemari/xml"
@@ -35,6 +36,7 @@ type host struct {
 	root               string // of the run-time folders
 	name               string // of this host
 	open               func(uri string, readonly bool) (hypervisor, error)
+	examine            func(ctx context.Context, connect, domain, standby string) (*driver.Examination, error)
 	now                func() time.Time
 	poll, retry, limit time.Duration // between looks; between attempts and until they end
 }
@@ -100,7 +102,7 @@ func (h *host) protect(ctx context.Context, p protection) error {
 	if err != nil {
 		return err
 	}
-	domainXML, err := hv.XML(dom.UUID, !p.readonly)
+	domainXML, err := definition(hv, dom, !p.readonly)
 	if err != nil {
 		return err
 	}
@@ -116,6 +118,20 @@ func (h *host) protect(ctx context.Context, p protection) error {
 	}
 	h.warn(dom.Name, e, p.prefix)
 	return nil
+}
+
+// definition is the domain with its element where the other functions look for it;
+// virtkemarid shows it at the top level.
+func definition(hv hypervisor, dom virt.Domain, secrets bool) (string, error) {
+	shown, err := hv.XML(dom.UUID, secrets)
+	if err != nil {
+		return "", err
+	}
+	s, err := xml.Lower(shown)
+	if err != nil {
+		return "", fmt.Errorf("domain '%s': %w", dom.Name, err)
+	}
+	return s, nil
 }
 
 // element is the domain's own, or the default, with what p changes.

@@ -18,6 +18,8 @@ func virsh(ctx context.Context, h *host, args []string) int {
 	switch what {
 	case help:
 		return virshHelp(h, args)
+	case complete:
+		return virshComplete(h, args, c.words)
 	case ours:
 		start := h.now()
 		err := c.err
@@ -64,7 +66,7 @@ func virshHelp(h *host, args []string) int {
 		}
 		return report(h, err)
 	}
-	fmt.Fprintln(h.out, "  PROTECTION (migrate --kemari <domain> kemari+ssh://HOST/system)")
+	fmt.Fprintln(h.out, "  PROTECTION (migrate --kemari <domain> kemari+ssh://HOST/system; not in the interactive mode)")
 	for _, o := range options {
 		if o.help == "" {
 			continue

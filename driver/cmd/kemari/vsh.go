@@ -217,16 +217,18 @@ func nextWord(s string) (word, rest string, err error) {
 type intent int
 
 const (
-	theirs intent = iota // the real virsh's
-	ours                 // a migrate with --kemari
-	help                 // the real virsh's help for migrate, to which ours is added
+	theirs   intent = iota // the real virsh's
+	ours                   // a migrate with --kemari
+	help                   // the real virsh's help for migrate, to which ours is added
+	complete               // what the real virsh would complete, to which ours is added
 )
 
 // call is a call of virsh that is ours.
 type call struct {
 	globals
 	options migrateOptions
-	err     error // what is wrong with it
+	words   []string // to be completed, migrate being the first
+	err     error    // what is wrong with it
 }
 
 // inspect decides whose a call of virsh is. It is ours only if virsh itself would
@@ -236,6 +238,9 @@ func inspect(args []string) (intent, call) {
 	g, rest, err := parseGlobals(args)
 	if err != nil || g.info {
 		return theirs, call{}
+	}
+	if words, ok := completed(rest); ok {
+		return complete, call{globals: g, words: words}
 	}
 	cmds, err := commands(rest)
 	if err != nil {
