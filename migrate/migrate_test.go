@@ -323,12 +323,12 @@ func TestGuestGone(t *testing.T) {
 // hostile plays a primary that does not keep to the protocol.
 func TestHostilePrimary(t *testing.T) {
 	data := func(e wire.Epoch, p string) *wire.Frame {
-		return &wire.Frame{Type: wire.TypeData, Epoch: e, Payload: []byte(p)}
+		return &wire.Frame{Type: wire.TypePages, Epoch: e, Payload: []byte(p)}
 	}
-	hello := &wire.Frame{Type: wire.TypeHello, Payload: wire.Hello{UUID: [16]byte{1}, MemoryKiB: 4096}.Append(nil)}
+	hello := &wire.Frame{Type: wire.TypeHello, Payload: wire.Hello{Lowest: 2, Highest: 2, Session: 1, UUID: [16]byte{1}, MemoryKiB: 4096}.Append(nil)}
 	for name, frames := range map[string][]*wire.Frame{
 		"no hello":        {data(1, "x")},
-		"another guest":   {{Type: wire.TypeHello, Payload: wire.Hello{MemoryKiB: 4096}.Append(nil)}},
+		"another guest":   {{Type: wire.TypeHello, Payload: wire.Hello{Lowest: 2, Highest: 2, Session: 1, MemoryKiB: 4096}.Append(nil)}},
 		"skipped epoch":   {hello, data(2, "x")},
 		"replayed hello":  {hello, hello},
 		"end without sum": {hello, data(1, "12345678"), {Type: wire.TypeEpochEnd, Epoch: 1}},

@@ -119,7 +119,7 @@ func (p *Primary) Run(ctx context.Context) error {
 // start shakes hands and starts the goroutines that keep the connection.
 func (p *Primary) start(ctx context.Context, cancel context.CancelCauseFunc, wg *sync.WaitGroup) error {
 	r := p.link.reader()
-	hello := wire.Hello{UUID: p.cfg.UUID, MemoryKiB: p.cfg.MemoryKiB}
+	hello := wire.Hello{Lowest: wire.Version, Highest: wire.Version, UUID: p.cfg.UUID, MemoryKiB: p.cfg.MemoryKiB, Session: 1}
 	if err := p.link.send(wire.TypeHello, 0, hello.Append(nil)); err != nil {
 		return fmt.Errorf("%w: %w", ErrStandbyLost, err)
 	}
@@ -256,7 +256,7 @@ func (p *Primary) epoch(ctx context.Context, epoch wire.Epoch) error {
 	cp, err := p.guest.Checkpoint(work, seal, func(b []byte) error {
 		for len(b) > 0 {
 			n := min(len(b), wire.MaxPayload)
-			f := wire.Frame{Type: wire.TypeData, Generation: p.cfg.Generation, Epoch: epoch, Payload: b[:n]}
+			f := wire.Frame{Type: wire.TypePages, Generation: p.cfg.Generation, Epoch: epoch, Payload: b[:n]}
 			if err := p.link.sendFrame(&f); err != nil {
 				return p.lost(err)
 			}

@@ -199,8 +199,12 @@ func (s *Standby) greet(r *wire.Reader) error {
 	if h.UUID != s.cfg.UUID || h.MemoryKiB != s.cfg.MemoryKiB {
 		return errors.New("the primary protects another guest than was announced")
 	}
+	v, err := h.Choose()
+	if err != nil {
+		return err
+	}
 	s.set(func(st *StandbyStats) { st.State = Copying })
-	return s.link.send(wire.TypeWelcome, 0, nil)
+	return s.link.send(wire.TypeWelcome, 0, wire.Welcome{Version: v}.Append(nil))
 }
 
 func (s *Standby) patience() time.Duration {
@@ -259,7 +263,7 @@ func (s *Standby) handle(f wire.Frame) error {
 	switch f.Type {
 	case wire.TypeHeartbeat:
 		return nil
-	case wire.TypeData:
+	case wire.TypePages:
 		if f.Epoch != s.next {
 			return fmt.Errorf("data of epoch %d while epoch %d is due", f.Epoch, s.next)
 		}

@@ -12,7 +12,7 @@ import (
 const Magic uint32 = 0x4b4d5249
 
 // Version of the format. A reader refuses any other.
-const Version uint8 = 1
+const Version uint8 = 2
 
 // HeaderSize is the length of a frame's header in bytes.
 const HeaderSize = 32
@@ -28,21 +28,29 @@ type Epoch uint64
 // refused.
 type Generation uint64
 
+// Session numbers, at random, what one process of a primary's sends: nobody else
+// can go on with it. Zero is invalid.
+type Session uint64
+
 // Type is what a frame means. Zero is invalid, so that a zeroed frame is.
 type Type uint8
 
 //go:generate go run golang.org/x/tools/cmd/stringer -type=Type -trimprefix=Type
 const (
-	TypeHello     Type = 1 // primary, first: payload Hello
-	TypeWelcome   Type = 2 // standby's answer to Hello; no payload
-	TypeData      Type = 3 // primary: the next bytes of the epoch's libxc stream
-	TypeEpochEnd  Type = 4 // primary: the epoch is complete; payload EpochEnd
-	TypeAck       Type = 5 // standby: the epoch is whole in its memory; no payload
-	TypeHeartbeat Type = 6 // either: I live; no payload
-	TypeEnd       Type = 7 // either: protection ends; payload is the reason in words
-	TypeTakenOver Type = 8 // standby: the guest runs here now; end your copy
+	TypeHello     Type = 1  // primary, first on a connection: payload Hello
+	TypeWelcome   Type = 2  // standby's answer to Hello: payload Welcome
+	TypePages     Type = 3  // primary: pages of the epoch, as whole records of package page
+	TypeEpochEnd  Type = 4  // primary: the epoch is complete; payload EpochEnd
+	TypeAck       Type = 5  // standby: the epoch is whole in its memory; no payload
+	TypeHeartbeat Type = 6  // either: I live; no payload
+	TypeEnd       Type = 7  // either: protection ends; payload is the reason in words
+	TypeTakenOver Type = 8  // standby: the guest runs here now; end your copy
+	TypeHead      Type = 9  // primary, first of epoch 1: what the guest is; opaque here
+	TypeState     Type = 10 // primary, after the epoch's pages: the next bytes of the guest's state; opaque here
+	TypeResync    Type = 11 // standby: the epoch is refused, begin it anew; payload is the reason in words
+	TypeRestart   Type = 12 // primary: the epoch begins anew, forget what came of it; no payload
 
-	typeLast = TypeTakenOver
+	typeLast = TypeRestart
 )
 
 // Sentinels a caller may decide on. ErrFormat and what wraps it mean that the
@@ -64,28 +72,41 @@ type Frame struct {
 	Generation Generation
 	Epoch      Epoch
 	Payload    []byte
-	CRC        uint32 // set by Append and Read
+	CRC        uint32 // set by Append, Fill and Read
 }
 
 // Append appends the frame's encoding to b and sets CRC.
 func (f *Frame) Append(b []byte) ([]byte, error) {
-	if f.Type == 0 || f.Type > typeLast {
-		return nil, fmt.Errorf("%w: type %d", ErrFormat, f.Type)
-	}
-	if len(f.Payload) > MaxPayload {
-		return nil, fmt.Errorf("%w: payload of %d bytes", ErrTooLong, len(f.Payload))
-	}
 	start := len(b)
-	b = binary.BigEndian.AppendUint32(b, Magic)
-	b = append(b, Version, byte(f.Type), 0, 0)
-	b = binary.BigEndian.AppendUint64(b, uint64(f.Generation))
-	b = binary.BigEndian.AppendUint64(b, uint64(f.Epoch))
-	b = binary.BigEndian.AppendUint32(b, uint32(len(f.Payload)))
-	b = append(b, 0, 0, 0, 0)
-	b = append(b, f.Payload...)
-	f.CRC = checksum(b[start:start+28], f.Payload)
-	binary.BigEndian.PutUint32(b[start+28:], f.CRC)
+	b = append(Room(b), f.Payload...)
+	if err := f.Fill(b[start:]); err != nil {
+		return nil, err
+	}
 	return b, nil
+}
+
+// Room appends room for a frame's header. What is appended behind it becomes the
+// frame's payload with Fill, so that it need not be copied.
+func Room(b []byte) []byte { return append(b, make([]byte, HeaderSize)...) }
+
+// Fill makes b, the room for a header and the payload behind it, the frame's
+// encoding, and sets Payload and CRC.
+func (f *Frame) Fill(b []byte) error {
+	if f.Type == 0 || f.Type > typeLast {
+		return fmt.Errorf("%w: type %d", ErrFormat, f.Type)
+	}
+	payload := b[HeaderSize:]
+	if len(payload) > MaxPayload {
+		return fmt.Errorf("%w: payload of %d bytes", ErrTooLong, len(payload))
+	}
+	binary.BigEndian.PutUint32(b, Magic)
+	b[4], b[5], b[6], b[7] = Version, byte(f.Type), 0, 0
+	binary.BigEndian.PutUint64(b[8:], uint64(f.Generation))
+	binary.BigEndian.PutUint64(b[16:], uint64(f.Epoch))
+	binary.BigEndian.PutUint32(b[24:], uint32(len(payload)))
+	f.Payload, f.CRC = payload, checksum(b[:28], payload)
+	binary.BigEndian.PutUint32(b[28:], f.CRC)
+	return nil
 }
 
 func checksum(head, payload []byte) uint32 {

@@ -2,27 +2,42 @@ package wire
 
 import (
 	"bytes"
+	"encoding/hex"
 	"errors"
+	"flag"
 	"io"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 )
 
+var update = flag.Bool("update", false, "write the golden files anew; a changed one needs a new version")
+
 const gen = 0x0102030405060708
+
+var (
+	hello   = Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1, 2, 15: 16}, MemoryKiB: 131072, Session: 0x1122334455667788, Committed: 41}
+	welcome = Welcome{Version: 2, Committed: 42}
+	end     = EpochEnd{Pages: 3, Bytes: 12345, CRC: 0xdeadbeef}
+)
 
 func frames(t testing.TB) map[Type][]byte {
 	t.Helper()
-	var end EpochEnd
-	data := Frame{Type: TypeData, Generation: gen, Epoch: 7, Payload: []byte("pages")}
 	out := make(map[Type][]byte)
 	for _, f := range []*Frame{
-		{Type: TypeHello, Payload: Hello{UUID: [16]byte{1, 2, 15: 16}, MemoryKiB: 131072}.Append(nil)},
-		{Type: TypeWelcome},
-		&data,
+		{Type: TypeHello, Payload: hello.Append(nil)},
+		{Type: TypeWelcome, Payload: welcome.Append(nil)},
+		{Type: TypePages, Epoch: 7, Payload: []byte("records")},
 		{Type: TypeEpochEnd, Epoch: 7, Payload: end.Append(nil)},
 		{Type: TypeAck, Epoch: 7},
 		{Type: TypeHeartbeat},
 		{Type: TypeEnd, Payload: []byte("asked to")},
 		{Type: TypeTakenOver},
+		{Type: TypeHead, Epoch: 1, Payload: []byte("what the guest is")},
+		{Type: TypeState, Epoch: 7, Payload: []byte("its state")},
+		{Type: TypeResync, Epoch: 7, Payload: []byte("page 0x7 did not come out")},
+		{Type: TypeRestart, Epoch: 7},
 	} {
 		f.Generation = gen
 		b, err := f.Append(nil)
@@ -50,17 +65,67 @@ func TestRoundTrip(t *testing.T) {
 		if err != nil || !bytes.Equal(b, all[typ]) {
 			t.Errorf("%v: %x, want %x (%v)", typ, b, all[typ], err)
 		}
+		g := Frame{Type: f.Type, Generation: f.Generation, Epoch: f.Epoch}
+		b = append(Room(b[:0]), f.Payload...)
+		if err := g.Fill(b); err != nil || !bytes.Equal(b, all[typ]) || g.CRC != f.CRC {
+			t.Errorf("%v in place: %x, want %x (%v)", typ, b, all[typ], err)
+		}
 	}
 	if _, err := r.Read(); err != io.EOF {
 		t.Errorf("at the end: %v", err)
 	}
+	if h, err := ParseHello(hello.Append(nil)); err != nil || h != hello {
+		t.Errorf("hello: %+v, %v", h, err)
+	}
+	if w, err := ParseWelcome(welcome.Append(nil)); err != nil || w != welcome {
+		t.Errorf("welcome: %+v, %v", w, err)
+	}
+	if e, err := ParseEpochEnd(end.Append(nil)); err != nil || e != end {
+		t.Errorf("epoch end: %+v, %v", e, err)
+	}
 }
 
-// Golden bytes hold the format: a change here needs a new version.
+// Golden files hold the format: a change of one needs a new version.
 func TestGolden(t *testing.T) {
-	want := []byte("KMRI\x01\x05\x00\x00\x01\x02\x03\x04\x05\x06\x07\x08\x00\x00\x00\x00\x00\x00\x00\x07\x00\x00\x00\x00")
-	if got := frames(t)[TypeAck]; !bytes.Equal(got[:28], want) || len(got) != HeaderSize {
-		t.Errorf("ack: %x, want %x and a checksum", got, want)
+	for typ, b := range frames(t) {
+		name := filepath.Join("testdata", "v2", strings.ToLower(typ.String())+".hex")
+		if *update {
+			if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(name, []byte(hex.Dump(b)), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := hex.Dump(b); got != string(want) {
+			t.Errorf("%v:\n%swant\n%s", typ, got, want)
+		}
+	}
+}
+
+// A frame as version 1 wrote it, an acknowledgement of epoch 7: the operator reads
+// which releases meet.
+func TestVersion1(t *testing.T) {
+	old := []byte("KMRI\x01\x05\x00\x00\x01\x02\x03\x04\x05\x06\x07\x08\x00\x00\x00\x00\x00\x00\x00\x07\x00\x00\x00\x00\x00\x00\x00\x00")
+	_, err := NewReader(bytes.NewReader(old), gen).Read()
+	if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "theirs is 1, ours 2") {
+		t.Errorf("version 1: %v", err)
+	}
+}
+
+func TestChoose(t *testing.T) {
+	for _, c := range []struct {
+		lowest, highest uint8
+		ok              bool
+	}{{1, 1, false}, {1, 2, true}, {2, 2, true}, {1, 9, true}, {3, 9, false}} {
+		v, err := Hello{Lowest: c.lowest, Highest: c.highest}.Choose()
+		if (err == nil) != c.ok || c.ok && v != Version || !c.ok && !errors.Is(err, ErrVersion) {
+			t.Errorf("%d to %d: %d, %v", c.lowest, c.highest, v, err)
+		}
 	}
 }
 
@@ -87,12 +152,47 @@ func TestBitFlips(t *testing.T) {
 	}
 }
 
+// The payloads by themselves: of another length they are refused, and so is what
+// must be zero and is not.
+func TestPayloadsRefused(t *testing.T) {
+	parse := map[string]struct {
+		b []byte
+		f func([]byte) error
+	}{
+		"hello":     {hello.Append(nil), func(b []byte) error { _, err := ParseHello(b); return err }},
+		"welcome":   {welcome.Append(nil), func(b []byte) error { _, err := ParseWelcome(b); return err }},
+		"epoch end": {end.Append(nil), func(b []byte) error { _, err := ParseEpochEnd(b); return err }},
+	}
+	for name, p := range parse {
+		for n := range len(p.b) {
+			if err := p.f(p.b[:n]); !errors.Is(err, ErrFormat) {
+				t.Errorf("%s cut to %d bytes: %v", name, n, err)
+			}
+		}
+		if err := p.f(append(bytes.Clone(p.b), 0)); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s and a byte: %v", name, err)
+		}
+	}
+	for name, h := range map[string]Hello{
+		"no session": {Lowest: 2, Highest: 2}, "no version": {Session: 1}, "versions turned round": {Lowest: 3, Highest: 2, Session: 1},
+	} {
+		if _, err := ParseHello(h.Append(nil)); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := ParseWelcome(Welcome{Version: 1}.Append(nil)); !errors.Is(err, ErrVersion) {
+		t.Errorf("welcome to version 1: %v", err)
+	}
+}
+
 func TestRefused(t *testing.T) {
-	if _, err := (&Frame{Type: TypeData, Payload: make([]byte, MaxPayload+1)}).Append(nil); !errors.Is(err, ErrTooLong) {
+	if _, err := (&Frame{Type: TypePages, Payload: make([]byte, MaxPayload+1)}).Append(nil); !errors.Is(err, ErrTooLong) {
 		t.Errorf("long payload: %v", err)
 	}
-	if _, err := (&Frame{}).Append(nil); !errors.Is(err, ErrFormat) {
-		t.Errorf("type 0: %v", err)
+	for _, typ := range []Type{0, typeLast + 1} {
+		if _, err := (&Frame{Type: typ}).Append(nil); !errors.Is(err, ErrFormat) {
+			t.Errorf("type %d: %v", typ, err)
+		}
 	}
 	if _, err := NewReader(bytes.NewReader(frames(t)[TypeAck]), gen+1).Read(); !errors.Is(err, ErrGeneration) {
 		t.Errorf("another generation: %v", err)
@@ -104,7 +204,7 @@ func TestRefused(t *testing.T) {
 
 // A hostile length must not make the reader allocate before it has been checked.
 func TestHostileLength(t *testing.T) {
-	b := bytes.Clone(frames(t)[TypeData])
+	b := bytes.Clone(frames(t)[TypePages])
 	b[24] = 0xff
 	r := NewReader(bytes.NewReader(b), gen)
 	if _, err := r.Read(); !errors.Is(err, ErrTooLong) {
@@ -116,9 +216,9 @@ func TestHostileLength(t *testing.T) {
 }
 
 func TestEpochEndSeesOrder(t *testing.T) {
-	sum := func(payloads ...string) (e EpochEnd) {
+	sum := func(typ Type, payloads ...string) (e EpochEnd) {
 		for _, p := range payloads {
-			f := Frame{Type: TypeData, Generation: gen, Epoch: 1, Payload: []byte(p)}
+			f := Frame{Type: typ, Generation: gen, Epoch: 1, Payload: []byte(p)}
 			if _, err := f.Append(nil); err != nil {
 				t.Fatal(err)
 			}
@@ -126,8 +226,11 @@ func TestEpochEndSeesOrder(t *testing.T) {
 		}
 		return e
 	}
-	whole := sum("a", "b", "c")
-	for _, other := range []EpochEnd{sum("a", "c"), sum("b", "a", "c"), sum("a", "b", "b"), sum("a", "b", "c", "c")} {
+	whole := sum(TypePages, "a", "b", "c")
+	for _, other := range []EpochEnd{
+		sum(TypePages, "a", "c"), sum(TypePages, "b", "a", "c"), sum(TypePages, "a", "b", "b"),
+		sum(TypePages, "a", "b", "c", "c"), sum(TypeState, "a", "b", "c"),
+	} {
 		if other == whole {
 			t.Errorf("%+v equals %+v", other, whole)
 		}
@@ -143,6 +246,9 @@ func FuzzRead(f *testing.F) {
 		for {
 			fr, err := r.Read()
 			if err != nil {
+				if fr.Type != 0 {
+					t.Fatalf("an error, and yet %v", fr.Type)
+				}
 				return
 			}
 			if _, err := fr.Append(nil); err != nil {
@@ -152,15 +258,29 @@ func FuzzRead(f *testing.F) {
 	})
 }
 
-func FuzzPayloads(f *testing.F) {
-	f.Add(Hello{}.Append(nil))
-	f.Add(EpochEnd{}.Append(nil))
+func FuzzHello(f *testing.F) {
+	f.Add(hello.Append(nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if h, err := ParseHello(b); (err == nil) != (len(b) == 24) || err == nil && !bytes.Equal(h.Append(nil), b) {
-			t.Errorf("hello %x: %+v, %v", b, h, err)
+		if h, err := ParseHello(b); err == nil && !bytes.Equal(h.Append(nil), b) || err != nil && h != (Hello{}) {
+			t.Errorf("%x: %+v, %v", b, h, err)
 		}
-		if e, err := ParseEpochEnd(b); (err == nil) != (len(b) == 12) || err == nil && !bytes.Equal(e.Append(nil), b) {
-			t.Errorf("epoch end %x: %+v, %v", b, e, err)
+	})
+}
+
+func FuzzWelcome(f *testing.F) {
+	f.Add(welcome.Append(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if w, err := ParseWelcome(b); err == nil && !bytes.Equal(w.Append(nil), b) || err != nil && w != (Welcome{}) {
+			t.Errorf("%x: %+v, %v", b, w, err)
+		}
+	})
+}
+
+func FuzzEpochEnd(f *testing.F) {
+	f.Add(end.Append(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if e, err := ParseEpochEnd(b); (err == nil) != (len(b) == 20) || err == nil && !bytes.Equal(e.Append(nil), b) {
+			t.Errorf("%x: %+v, %v", b, e, err)
 		}
 	})
 }
