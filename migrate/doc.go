@@ -26,12 +26,36 @@
 //
 // # The primary's epoch
 //
-//	wait for a trigger ─► suspend, seal output, copy, resume ─► send ─► ack ─► release output ─┐
-//	       ▲                                                                                   │
-//	       └───────────────────────────────────────────────────────────────────────────────────┘
+//	wait for a trigger ─► suspend, seal output, capture, resume ─► encode, send ─► ack ─► release output ─┐
+//	       ▲                                                                                              │
+//	       └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //
 // One epoch is under way at a time, since the plug of Linux' traffic control can
-// have one sealed epoch outstanding.
+// have one sealed epoch outstanding. From the resume on the guest runs.
+//
+// Epoch 1 is the first copy. Most of it is sent in rounds while the guest runs, and
+// goes into the shadow as it comes: there is nothing to take over from yet. A later
+// epoch is received whole and decoded against what the last one left, checked,
+// acknowledged, and only then brought into the shadow; the primary keeps what it
+// captured until then, so that it can be sent again.
+//
+// # When something breaks
+//
+// A connection that breaks is replaced by the primary within the heartbeat
+// time-out, its output held meanwhile. Hello and Welcome tell what each side has:
+// either the acknowledgement was lost, or the epoch is sent again from its
+// beginning. What the primary believes of the standby's pages it believes of
+// committed epochs only, so nothing else is sent again.
+//
+// A standby that is silent for longer and may not take over by itself is looked for
+// (PrimaryConfig.Rejoin), while the guest goes on alone, its output let go. When it
+// is back, the epoch that was under way is sent, then one with all that changed
+// since; from there on output is held again. For that one the guest stands for as
+// long as it takes to copy all that.
+//
+// An epoch that the standby refuses (it says why) is sent again without reference
+// to what the standby has, maxRefusals times at most. What it refuses in an epoch
+// whose pages are not kept, the first one above all, ends protection.
 //
 // The package knows no Xen and no libvirt: Guest, Output and Shadow are what it
 // needs of them, given by migrate/xen, migrate/output and migrate/shadow.

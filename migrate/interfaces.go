@@ -3,23 +3,71 @@ package migrate
 import (
 	"context"
 	"errors"
+	"net"
 	"time"
+
+	"kemari/migrate/page"
 )
 
+// Pages is a batch of guest pages: Data[i*page.Size:(i+1)*page.Size] is the
+// content of PFNs[i].
+type Pages struct {
+	PFNs []page.PFN
+	Data []byte
+}
+
+// Page returns the content of PFNs[i].
+func (p *Pages) Page(i int) []byte { return p.Data[i*page.Size : (i+1)*page.Size : (i+1)*page.Size] }
+
+// Append adds a page. It allocates only to grow.
+func (p *Pages) Append(pfn page.PFN, data []byte) {
+	p.PFNs = append(p.PFNs, pfn)
+	p.Data = append(p.Data, data...)
+}
+
+// Reset empties p and keeps its memory.
+func (p *Pages) Reset() { p.PFNs, p.Data = p.PFNs[:0], p.Data[:0] }
+
+// Capture is what one checkpoint took, each page once, in buffers that the next
+// one uses again.
+type Capture struct {
+	Pages
+	// State is the rest of the guest: for Xen the TSC_INFO, HVM_CONTEXT and
+	// HVM_PARAMS records of the libxc stream. The engine does not look into it.
+	State []byte
+
+	Suspend time.Duration // request to standing still
+	Copy    time.Duration // standing still, the capture
+	Resume  time.Duration // the call that resumes
+}
+
 // Guest is a running guest that can be checkpointed. Its methods are called by
-// one goroutine.
+// one goroutine, but for Destroy and Close, which may be called once no other is
+// under way.
+//
+// Begin, Round and Checkpoint end with ctx's cause soon after ctx has ended. They
+// return ErrGuestGone if the guest has ended. After any error the guest runs, and
+// only Destroy and Close may follow.
 type Guest interface {
-	// Checkpoint takes one: it suspends the guest, calls seal while the guest
-	// stands, captures what changed since the last one (at the first: everything,
-	// most of it while the guest still runs), and resumes it. What it captured goes
-	// to send, in order and in pieces of any size; all but the first checkpoint's
-	// live part is sent after the guest has been resumed. A piece is valid until
-	// send returns.
+	// Begin has Xen note from now on which pages the guest changes, and returns what
+	// the guest is: the head of the libxc stream, opaque to the engine.
+	Begin(ctx context.Context) (head []byte, err error)
+
+	// Round hands the pages that changed since the last Round or Checkpoint to send,
+	// in batches valid until send returns, while the guest runs; the first one hands
+	// over every page the guest has. What changes meanwhile is for the next Round or
+	// Checkpoint. It blocks until all is handed over, ends with an error of send as it
+	// is, and says how many pages it were.
+	Round(ctx context.Context, send func(*Pages) error) (pages int, err error)
+
+	// Checkpoint suspends the guest, calls seal while the guest stands, takes the
+	// pages that changed since the last Round or Checkpoint and the guest's state into
+	// c, whose memory it uses again, and resumes the guest. It ends with an error of
+	// seal as it is.
 	//
-	// It blocks until all is sent. An error from seal or send, or ctx ending, ends
-	// it with that error; the guest then runs, and no further Checkpoint may be
-	// asked for. It returns ErrGuestGone if the guest ended.
-	Checkpoint(ctx context.Context, seal func() error, send func([]byte) error) (Checkpoint, error)
+	// ErrPagesUnknown is the one error after which it goes on: the next Round hands
+	// over every page again.
+	Checkpoint(ctx context.Context, seal func() error, c *Capture) error
 
 	// Destroy ends the guest, because another copy of it runs. It retries until it
 	// has succeeded or ctx ends. Idempotent.
@@ -31,10 +79,8 @@ type Guest interface {
 
 // Checkpoint is what taking one cost.
 type Checkpoint struct {
-	Suspend time.Duration // request to standing still
-	Copy    time.Duration // standing still, the capture
-	Resume  time.Duration // the call that resumes
-	Pages   int64
+	Suspend, Copy, Resume time.Duration // see Capture
+	Pages                 int64
 }
 
 // Pause is how long the guest may have stood still: an upper bound, since it
@@ -45,11 +91,13 @@ func (c Checkpoint) Pause() time.Duration { return c.Suspend + c.Copy + c.Resume
 // for Held.
 type Output interface {
 	// Seal is called while the guest stands: what is held belongs to the epoch being
-	// checkpointed, what comes next to the one after. The first call begins holding.
-	// It must not block.
+	// checkpointed, what comes next to the one after. The first call, and the first
+	// after Pass, begins holding. It must not block.
 	Seal() error
 	// Release lets out what the last Seal sealed. It must not block.
 	Release() error
+	// Pass lets out what is held, and all that comes, until the next Seal. Idempotent.
+	Pass() error
 	// Arm makes Held report the next frame that is held.
 	Arm()
 	Held() <-chan struct{}
@@ -63,31 +111,58 @@ type Output interface {
 // Shadow is the standby's copy of the guest. Its methods are called by one
 // goroutine at a time.
 type Shadow interface {
-	// Stage takes the next bytes of the epoch being received, and may refuse them.
-	// It may block while the copy is being fed with the first epoch.
-	Stage(p []byte) error
-	// Seal checks that what is staged is a whole epoch. After nil, and only then,
-	// the epoch may be acknowledged: TakeOver resumes this epoch or a later one.
-	Seal() error
-	// Apply brings the sealed epoch into the copy. It may block.
-	Apply() error
-	// TakeOver drops what is staged and not sealed, and lets the copy run from the
-	// last sealed epoch. It blocks until libvirt has resumed it.
-	TakeOver(ctx context.Context) error
+	// Head is called once, before all else but Close, with what Guest.Begin returned
+	// over there. It refuses a guest that cannot be copied here.
+	Head(b []byte) error
+
+	// Base copies what the copy has of a page to dst, as of the last Apply. It may
+	// block. An error means that the page cannot be told, for instance because there
+	// is none yet; the primary then sends it whole.
+	Base(pfn page.PFN, dst []byte) error
+
+	// Check says whether state could let the copy run. It is called before an epoch
+	// is acknowledged, for what is acknowledged must be able to run, and must not
+	// block.
+	Check(state []byte) error
+
+	// Apply brings pages into the copy, later ones over earlier ones. It may block.
+	// After an error the copy is good for nothing.
+	Apply(p *Pages) error
+
+	// TakeOver lets the copy run from a state that Check has let pass and whose pages
+	// have been applied. It blocks until libvirt has resumed it.
+	TakeOver(ctx context.Context, state []byte) error
+
 	// Close destroys the copy, unless it has taken over. Idempotent.
 	Close() error
 }
 
-// Why protection ended.
+// Dial makes an authenticated connection to the standby. It returns soon after
+// ctx has ended. An error that is ErrStandbyLost ends the tries: the standby's
+// process is known to be gone.
+type Dial func(ctx context.Context) (net.Conn, error)
+
+// Accept waits for the next authenticated connection from the primary, until ctx
+// ends.
+type Accept func(ctx context.Context) (net.Conn, error)
+
+// What callers decide on, most of it why protection ended.
 var (
-	// ErrStandbyLost: the standby was silent, closed its connection or gave up.
+	// ErrStandbyLost: the standby was silent, could not be reached again or gave up.
 	// The guest runs on, unprotected.
 	ErrStandbyLost = errors.New("the standby is lost")
-	// ErrPrimaryLost: the primary closed its connection, or was silent before there
-	// was anything to take over from, or while nobody allowed to take over.
+	// ErrPrimaryLost: the primary closed its connection and did not come back, or was
+	// silent before there was anything to take over from, or while nobody allowed to
+	// take over.
 	ErrPrimaryLost = errors.New("the primary is lost")
+	// ErrRefused: the standby refused an epoch time and again, however it was sent.
+	// The guest runs on, unprotected.
+	ErrRefused = errors.New("the standby refuses what it is sent")
 	// ErrGuestGone: the guest ended by itself: shut down, crashed or destroyed.
 	ErrGuestGone = errors.New("the guest has ended")
+	// ErrPagesUnknown: somebody else has read or ended the log of changed pages, as
+	// `virsh save` does. What changed is not known any more.
+	ErrPagesUnknown = errors.New("which pages changed is not known any more")
 	// ErrTakenOver: the standby runs the guest; ours has been destroyed.
 	ErrTakenOver = errors.New("the standby has taken over")
 	// ErrEnded: the other side ended protection and said why.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"kemari/migrate/wire"
@@ -16,89 +17,27 @@ import (
 
 var errSilent = errors.New("no sign of life")
 
-// link is the data connection with its heartbeat, the same on both sides.
-type link struct {
-	conn net.Conn
-	gen  wire.Generation
+// errLine: this connection has ended, another one may go on.
+var errLine = errors.New("the connection broke")
+
+// life is what one side knows of the other being alive, over all connections.
+type life struct {
 	born time.Time
-
-	mu  sync.Mutex // orders writers
-	buf []byte
-
 	seen atomic.Int64 // when the last frame came in whole, ns since born
-	busy atomic.Bool  // a frame is being handled: the peer cannot be heard, and is not to blame
+	busy atomic.Int32 // frames being handled: the peer cannot be heard, and is not to blame
 }
 
-func newLink(conn net.Conn, gen wire.Generation) *link {
-	return &link{conn: conn, gen: gen, born: time.Now()}
-}
+func (l *life) sign() { l.seen.Store(int64(time.Since(l.born))) }
 
-// send writes one frame. It blocks as long as the peer's window is full; closing
-// the connection ends it.
-func (l *link) send(t wire.Type, e wire.Epoch, payload []byte) error {
-	return l.sendFrame(&wire.Frame{Type: t, Generation: l.gen, Epoch: e, Payload: payload})
-}
-
-func (l *link) sendFrame(f *wire.Frame) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	b, err := f.Append(l.buf[:0])
-	if err != nil {
-		return err
-	}
-	l.buf = b
-	if _, err := l.conn.Write(b); err != nil {
-		return fmt.Errorf("send %v: %w", f.Type, err)
-	}
-	return nil
-}
-
-// receive hands every frame to handle, in order, until it returns an error or the
-// connection ends. Nobody else may read.
-func (l *link) receive(r *wire.Reader, handle func(wire.Frame) error) error {
-	for {
-		f, err := r.Read()
-		if err != nil {
-			if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
-				return io.EOF
-			}
-			return err
-		}
-		l.busy.Store(true)
-		l.seen.Store(int64(time.Since(l.born)))
-		err = handle(f)
-		l.seen.Store(int64(time.Since(l.born)))
-		l.busy.Store(false)
-		if err != nil {
-			return err
-		}
-	}
-}
-
-func (l *link) reader() *wire.Reader {
-	return wire.NewReader(bufio.NewReaderSize(l.conn, 64<<10), l.gen)
-}
-
-// beat shows life until ctx ends.
-func (l *link) beat(ctx context.Context, interval time.Duration) error {
-	t := time.NewTicker(interval)
-	defer t.Stop()
-	for {
-		if err := l.send(wire.TypeHeartbeat, 0, nil); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-t.C:
-		}
-	}
+// silence is how long ago the last frame came in.
+func (l *life) silence() time.Duration {
+	return time.Since(l.born) - time.Duration(l.seen.Load())
 }
 
 // watch returns errSilent once nothing has come in for as long as timeout says,
 // and nil when ctx ends. If we did not get to run ourselves, the silence proves
 // nothing: then it looks again after what has queued up meanwhile could be read.
-func (l *link) watch(ctx context.Context, interval time.Duration, timeout func() time.Duration) error {
+func (l *life) watch(ctx context.Context, interval time.Duration, timeout func() time.Duration) error {
 	step := interval / 2
 	t := time.NewTicker(step)
 	defer t.Stop()
@@ -111,41 +50,125 @@ func (l *link) watch(ctx context.Context, interval time.Duration, timeout func()
 		now := time.Now()
 		late := now.Sub(last) > step+interval
 		last = now
-		if !late && !l.busy.Load() && l.silence() > timeout() {
+		if !late && l.busy.Load() == 0 && l.silence() > timeout() {
 			return errSilent
 		}
 	}
 }
 
-// silence is how long ago the last frame came in.
-func (l *link) silence() time.Duration {
-	return time.Since(l.born) - time.Duration(l.seen.Load())
+// link is one data connection with its heartbeat, the same on both sides.
+type link struct {
+	conn net.Conn
+	gen  wire.Generation
+	life *life
+	r    *wire.Reader
+
+	mu  sync.Mutex // orders writers
+	buf []byte
 }
 
-// handshake reads one frame within the set-up time-out.
-func (l *link) handshake(r *wire.Reader, want wire.Type) (wire.Frame, error) {
-	if err := l.conn.SetReadDeadline(time.Now().Add(setupTimeout)); err != nil {
+func newLink(conn net.Conn, gen wire.Generation, life *life) *link {
+	return &link{conn: conn, gen: gen, life: life, r: wire.NewReader(bufio.NewReaderSize(conn, 64<<10), gen)}
+}
+
+// send writes one small frame. It blocks as long as the peer's window is full;
+// closing the connection ends it.
+func (l *link) send(t wire.Type, e wire.Epoch, payload []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f := wire.Frame{Type: t, Generation: l.gen, Epoch: e, Payload: payload}
+	b, err := f.Append(l.buf[:0])
+	if err != nil {
+		return err
+	}
+	l.buf = b
+	return l.writeLocked(t, b)
+}
+
+// write writes an encoded frame.
+func (l *link) write(t wire.Type, b []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.writeLocked(t, b)
+}
+
+func (l *link) writeLocked(t wire.Type, b []byte) error {
+	if _, err := l.conn.Write(b); err != nil {
+		return fmt.Errorf("%w: send %v: %w", errLine, t, err)
+	}
+	return nil
+}
+
+// errStop is returned by a handler to end receiving, having said why elsewhere.
+var errStop = errors.New("stop receiving")
+
+// receive hands every frame to handle, in order, until it returns an error or the
+// connection ends. Nobody else may read.
+func (l *link) receive(handle func(wire.Frame) error) error {
+	for {
+		f, err := l.r.Read()
+		if err != nil {
+			return err
+		}
+		l.life.busy.Add(1)
+		l.life.sign()
+		err = handle(f)
+		l.life.sign()
+		l.life.busy.Add(-1)
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// closedByPeer: it was not broken here, nor by what came in, but closed over
+// there, by whoever it was.
+func closedByPeer(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
+
+// beat shows life until ctx ends or the connection does.
+func (l *link) beat(ctx context.Context, interval time.Duration) {
+	t := time.NewTicker(interval)
+	defer t.Stop()
+	for l.send(wire.TypeHeartbeat, 0, nil) == nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// handshake reads one frame by the deadline.
+func (l *link) handshake(deadline time.Time, want wire.Type) (wire.Frame, error) {
+	if err := l.conn.SetReadDeadline(deadline); err != nil {
 		return wire.Frame{}, err
 	}
-	f, err := r.Read()
+	f, err := l.r.Read()
 	if err != nil {
 		return wire.Frame{}, fmt.Errorf("wait for %v: %w", want, err)
 	}
-	if f.Type == wire.TypeEnd {
-		return wire.Frame{}, fmt.Errorf("%w: %s", ErrEnded, printable(f.Payload))
+	switch f.Type {
+	case want:
+		l.life.sign()
+		return f, l.conn.SetReadDeadline(time.Time{})
+	case wire.TypeEnd:
+		return f, fmt.Errorf("%w: %s", ErrEnded, printable(f.Payload))
+	case wire.TypeTakenOver:
+		return f, ErrTakenOver
 	}
-	if f.Type != want {
-		return wire.Frame{}, fmt.Errorf("%w: got %v, want %v", wire.ErrFormat, f.Type, want)
-	}
-	l.seen.Store(int64(time.Since(l.born)))
-	return f, l.conn.SetReadDeadline(time.Time{})
+	return f, fmt.Errorf("%w: got %v, want %v", wire.ErrFormat, f.Type, want)
 }
+
+// maxReason bounds a reason in words, ours and theirs.
+const maxReason = 500
 
 // printable is a reason given by the peer, bounded and fit for a log.
 func printable(b []byte) string {
-	const most = 500
-	if len(b) > most {
-		b = b[:most]
+	if len(b) > maxReason {
+		b = b[:maxReason]
 	}
 	out := make([]rune, 0, len(b))
 	for _, r := range string(b) {

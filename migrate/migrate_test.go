@@ -1,14 +1,14 @@
 package migrate_test
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
-	"io"
+	"fmt"
 	"log/slog"
 	"net"
-	"sync"
+	"os"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,352 +16,737 @@ import (
 	"go.uber.org/goleak"
 
 	"kemari/migrate"
+	"kemari/migrate/migratetest"
+	"kemari/migrate/page"
 	"kemari/migrate/wire"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const interval, timeout = 100 * time.Millisecond, 500 * time.Millisecond
+const interval, timeout = migratetest.Interval, migratetest.Timeout
 
-// guest is a fake: its state is a number that grows with every epoch, and each
-// epoch says it to the output.
-type guest struct {
-	mu        sync.Mutex
-	state     uint64
-	err       error // what the next Checkpoint returns
-	destroyed bool
-	closed    bool
-}
-
-func (g *guest) Checkpoint(ctx context.Context, seal func() error, send func([]byte) error) (migrate.Checkpoint, error) {
-	select {
-	case <-ctx.Done():
-		return migrate.Checkpoint{}, context.Cause(ctx)
-	case <-time.After(10 * time.Millisecond):
-	}
-	g.mu.Lock()
-	if g.err != nil {
-		defer g.mu.Unlock()
-		return migrate.Checkpoint{}, g.err
-	}
-	g.state++
-	b := binary.BigEndian.AppendUint64(nil, g.state)
-	g.mu.Unlock()
-	if err := seal(); err != nil {
-		return migrate.Checkpoint{}, err
-	}
-	big := append(bytes.Repeat([]byte{0xaa}, 600<<10), b...) // several frames
-	return migrate.Checkpoint{Suspend: time.Millisecond, Pages: 150}, send(big)
-}
-func (g *guest) Destroy(context.Context) error { g.destroyed = true; return nil }
-func (g *guest) Close() error                  { g.closed = true; return nil }
-
-// output is a fake that knows which epoch's frames are out.
-type output struct {
-	mu       sync.Mutex
-	sealed   bool
-	released int // epochs
-	closed   bool
-	held     chan struct{}
-}
-
-func (o *output) Seal() error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.sealed {
-		return errors.New("sealed twice")
-	}
-	o.sealed = true
-	return nil
-}
-
-func (o *output) Release() error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if !o.sealed {
-		return errors.New("nothing sealed")
-	}
-	o.sealed = false
-	o.released++
-	return nil
-}
-func (o *output) Arm()                   {}
-func (o *output) Held() <-chan struct{}  { return o.held }
-func (o *output) Drops() (uint64, error) { return 0, nil }
-func (o *output) Close() error           { o.closed = true; return nil }
-
-// shadow is a fake that checks the order of calls.
-type shadow struct {
-	mu       sync.Mutex
-	staged   []byte
-	state    uint64 // sealed
-	epochs   int
-	unfed    bool
-	stageErr error
-	over     bool
-	closed   bool
-}
-
-func (s *shadow) Stage(p []byte) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.unfed {
-		return errors.New("staged before applied")
-	}
-	s.staged = append(s.staged, p...)
-	return s.stageErr
-}
-
-func (s *shadow) Seal() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.state = binary.BigEndian.Uint64(s.staged[len(s.staged)-8:])
-	s.staged, s.unfed = nil, true
-	s.epochs++
-	return nil
-}
-func (s *shadow) Apply() error { s.unfed = false; return nil }
-func (s *shadow) TakeOver(context.Context) error {
-	time.Sleep(50 * time.Millisecond)
-	s.over = true
-	return nil
-}
-func (s *shadow) Close() error { s.closed = true; return nil }
-
-// pair is a primary and a standby in one process, their connection in our hands.
-type pair struct {
-	g        *guest
-	o        *output
-	s        *shadow
-	p        *migrate.Primary
-	sb       *migrate.Standby
-	link     *cut
-	perr     chan error
-	serr     chan error
-	standbyC net.Conn
-}
-
-// cut is a connection that can go silent, both ways, without being closed.
-type cut struct {
-	net.Conn
-	mu   sync.Mutex
-	dead bool
-}
-
-func (c *cut) silence(dead bool) { c.mu.Lock(); c.dead = dead; c.mu.Unlock() }
-func (c *cut) silent() bool      { c.mu.Lock(); defer c.mu.Unlock(); return c.dead }
-
-// Write swallows what is written into a dead line.
-func (c *cut) Write(b []byte) (int, error) {
-	if c.silent() {
-		return len(b), nil
-	}
-	return c.Conn.Write(b)
-}
-
-func start(t *testing.T, automatic bool) *pair {
+// start runs a pair for a second, in which it becomes protected.
+func start(t *testing.T, o migratetest.Options) *migratetest.Pair {
 	t.Helper()
-	a, b := net.Pipe()
-	log := slog.New(slog.DiscardHandler)
-	x := &pair{
-		g: &guest{}, o: &output{held: make(chan struct{}, 1)}, s: &shadow{},
-		link: &cut{Conn: a}, perr: make(chan error, 1), serr: make(chan error, 1), standbyC: b,
+	if testing.Verbose() {
+		o.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
-	hb := migrate.Heartbeat{Interval: interval, Timeout: timeout}
-	x.p = migrate.NewPrimary(migrate.PrimaryConfig{UUID: [16]byte{1}, MemoryKiB: 4096, Generation: 3,
-		Trigger: migrate.TriggerOutput, Min: 5 * time.Millisecond, Max: 200 * time.Millisecond, Heartbeat: hb}, x.link, x.g, x.o, log)
-	x.sb = migrate.NewStandby(migrate.StandbyConfig{UUID: [16]byte{1}, MemoryKiB: 4096, Generation: 3, Heartbeat: hb, Automatic: automatic}, b, x.s, log)
-	go func() { x.perr <- x.p.Run(t.Context()) }()
-	go func() { x.serr <- x.sb.Run(t.Context()) }()
-	time.Sleep(time.Second)
-	if st := x.p.Stats(); !st.Protected || st.Epoch < 3 {
+	x := migratetest.NewPair(o)
+	x.Start(t)
+	x.Work(20, 50*time.Millisecond)
+	if st := x.Primary.Stats(); !st.Protected || st.Epoch < 3 {
 		t.Fatalf("after a second: %+v", st)
 	}
 	return x
 }
 
+// ended waits for both sides and checks what they say.
+func ended(t *testing.T, x *migratetest.Pair, primary, standby error) {
+	t.Helper()
+	for _, side := range []struct {
+		name string
+		got  chan error
+		want error
+	}{{"primary", x.PrimaryErr, primary}, {"standby", x.StandbyErr, standby}} {
+		select {
+		case err := <-side.got:
+			if !errors.Is(err, side.want) {
+				t.Errorf("%s: %v, want %v", side.name, err, side.want)
+			}
+		case <-time.After(time.Minute):
+			t.Errorf("%s does not end", side.name)
+		}
+	}
+}
+
+// alone checks that the guest goes on at the primary, unhindered, and nowhere else.
+func alone(t *testing.T, x *migratetest.Pair) {
+	t.Helper()
+	if x.Guest.Destroyed() || !x.Guest.Closed() || !x.Output.Closed() || x.Shadow.Over() != nil {
+		t.Errorf("guest destroyed %v and let go %v, output let go %v, shadow runs from %v",
+			x.Guest.Destroyed(), x.Guest.Closed(), x.Output.Closed(), x.Shadow.Over())
+	}
+	if out := x.Output.Released(); uint64(len(out)) != x.Guest.Count() || !slices.IsSorted(out) {
+		t.Errorf("%d frames of %d have left, in order: %v", len(out), x.Guest.Count(), slices.IsSorted(out))
+	}
+}
+
+// exact checks what must hold of a take-over: what runs is one committed epoch, its
+// memory whole (that the fake shadow checks), and none older than what anyone
+// outside has been told.
+func exact(t *testing.T, x *migratetest.Pair) {
+	t.Helper()
+	over := x.Shadow.Over()
+	if over == nil {
+		t.Fatal("the standby has not taken over")
+	}
+	out := x.Output.Released()
+	if n := len(out); n > 0 && out[n-1] > over.Count {
+		t.Errorf("frame %d has left, and what runs is the guest at %d", out[n-1], over.Count)
+	}
+	if !slices.IsSorted(out) {
+		t.Error("frames out of order")
+	}
+}
+
 func TestProtectAndEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := start(t, true)
-		st := x.p.Stats()
-		// A guest that says nothing is checkpointed at the longest interval only.
-		if st.Epoch > 7 {
-			t.Errorf("%d epochs in a second without output", st.Epoch)
+		x := start(t, migratetest.Options{Automatic: true})
+		before := x.Primary.Stats()
+		time.Sleep(time.Second)
+		st := x.Primary.Stats()
+		// A guest that says nothing is checkpointed at the longest interval only; the
+		// fake says something whenever it is asked to suspend, before it is.
+		if n := st.Epoch - before.Epoch; n > 6 {
+			t.Errorf("%d epochs in a second without output", n)
 		}
-		if int(st.Epoch) != x.o.released || uint64(st.Epoch) != x.s.state {
-			t.Errorf("epoch %d, released %d, standby has %d", st.Epoch, x.o.released, x.s.state)
+		if st.Epoch != x.Standby.Stats().Epoch {
+			t.Errorf("epoch %d, standby has %d", st.Epoch, x.Standby.Stats().Epoch)
 		}
-		x.p.End("enough")
-		if err := <-x.perr; err != nil {
+		if st.CopyBytes != 64*page.Size || x.Standby.Stats().CopyBytes < st.CopyBytes {
+			t.Errorf("copied %d, %d", st.CopyBytes, x.Standby.Stats().CopyBytes)
+		}
+		x.Primary.End("enough")
+		ended(t, x, nil, nil)
+		alone(t, x)
+		if !x.Shadow.Closed() {
+			t.Error("the shadow is still there")
+		}
+	})
+}
+
+func TestStandbyEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{Automatic: true})
+		x.Standby.End("it is needed elsewhere")
+		err := <-x.PrimaryErr
+		if !errors.Is(err, migrate.ErrStandbyLost) || !strings.Contains(err.Error(), "it is needed elsewhere") {
 			t.Errorf("primary: %v", err)
 		}
-		if err := <-x.serr; err != nil {
-			t.Errorf("standby: %v", err)
-		}
-		if !x.o.closed || !x.g.closed || !x.s.closed || x.g.destroyed || x.s.over {
-			t.Errorf("left behind: output %+v guest %+v shadow over=%v", x.o.closed, x.g.closed, x.s.over)
-		}
+		<-x.StandbyErr
+		alone(t, x)
 	})
 }
 
 func TestOutputTriggers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := start(t, true)
-		before := x.p.Stats().Epoch
-		for range 20 {
-			x.o.held <- struct{}{}
-			time.Sleep(30 * time.Millisecond)
-		}
-		if got := x.p.Stats().Epoch - before; got < 15 {
+		x := start(t, migratetest.Options{Automatic: true})
+		before := x.Primary.Stats().Epoch
+		x.Work(20, 30*time.Millisecond)
+		if got := x.Primary.Stats().Epoch - before; got < 15 {
 			t.Errorf("%d epochs for 20 outputs", got)
 		}
-		x.p.End("enough")
-		<-x.perr
-		<-x.serr
+		x.Primary.End("enough")
+		ended(t, x, nil, nil)
 	})
 }
 
-func TestPowerCut(t *testing.T) {
+// The policy is changed under a running protection; each change is felt within
+// what the one before would have had to wait.
+func TestSetPolicy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := start(t, true)
-		x.link.silence(true) // towards the standby
-		time.Sleep(timeout + 3*interval)
-		st := x.sb.Stats()
-		if st.State != migrate.Active || !x.s.over {
-			t.Fatalf("standby: %+v", st)
+		x := start(t, migratetest.Options{Policy: migrate.Policy{Trigger: migrate.TriggerInterval, Max: 100 * time.Millisecond}})
+		epochs := func(p migrate.Policy) wire.Epoch {
+			if err := x.Primary.SetPolicy(p); err != nil {
+				t.Fatal(err)
+			}
+			before := x.Primary.Stats().Epoch
+			x.Work(500, 10*time.Millisecond)
+			return x.Primary.Stats().Epoch - before
 		}
-		if d := st.Failover.Detect; d < timeout || d > timeout+2*interval {
-			t.Errorf("detected after %v", d)
+		// Five seconds each; a checkpoint of the fake's takes 5 ms.
+		for _, c := range []struct {
+			p          migrate.Policy
+			most, many wire.Epoch
+		}{
+			{migrate.Policy{Trigger: migrate.TriggerInterval, Max: time.Second}, 6, 4},
+			{migrate.Policy{Trigger: migrate.TriggerInterval, Max: 50 * time.Millisecond}, 101, 95},
+			{migrate.Policy{Trigger: migrate.TriggerOutput, Min: 100 * time.Millisecond, Max: time.Minute}, 51, 45},
+			{migrate.Policy{Trigger: migrate.TriggerOutput, Max: time.Minute, Share: 0.1}, 101, 80},
+			{migrate.Policy{Trigger: migrate.TriggerOutput, Max: 30 * time.Millisecond, Share: 0.01}, 11, 9},
+		} {
+			if n := epochs(c.p); n > c.most || n < c.many {
+				t.Errorf("%+v: %d epochs, want %d to %d", c.p, n, c.many, c.most)
+			}
 		}
-		// The primary lived: it was told, and must not let its output go.
-		if err := <-x.perr; !errors.Is(err, migrate.ErrTakenOver) {
-			t.Errorf("primary: %v", err)
+		if err := x.Primary.SetPolicy(migrate.Policy{Trigger: "whim", Max: 1}); err == nil {
+			t.Error("a policy of no sense was taken")
 		}
-		if !x.g.destroyed {
-			t.Error("two copies run")
-		}
-		if err := <-x.serr; err != nil {
-			t.Errorf("standby: %v", err)
-		}
+		x.Primary.End("enough")
+		ended(t, x, nil, nil)
 	})
+}
+
+// However long its pauses are, the guest has its share of the time.
+func TestShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{})
+		x.Guest.Suspend, x.Guest.Copy = 60*time.Millisecond, 20*time.Millisecond
+		x.Work(10, 50*time.Millisecond)
+		before, began := x.Primary.Stats().PauseSum, time.Now()
+		for range 200 { // not Work, which waits for a guest that stands
+			go x.Guest.Work()
+			time.Sleep(50 * time.Millisecond)
+		}
+		share := float64(x.Primary.Stats().PauseSum-before) / float64(time.Since(began))
+		if share > 0.31 || share < 0.2 {
+			t.Errorf("paused for %.2f of its time", share)
+		}
+		x.Primary.End("enough")
+		ended(t, x, nil, nil)
+	})
+}
+
+// The standby hears nothing any more, at all kinds of moments. The primary lives,
+// so that it is told that its copy is no longer the guest: not one frame of what it
+// holds may leave.
+func TestSilentPrimary(t *testing.T) {
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) {
+			x := start(t, migratetest.Options{Automatic: true, Seed: seed})
+			x.Net.Delay(time.Duration(seed%4) * time.Millisecond)
+			x.Work(int(seed), 7*time.Millisecond)
+			takeOver(t, x)
+			if d := x.Standby.Stats().Failover.Detect; d < timeout || d > timeout+2*interval {
+				t.Errorf("detected after %v", d)
+			}
+		})
+	}
+}
+
+// takeOver makes the standby take over and checks all that must hold then.
+func takeOver(t *testing.T, x *migratetest.Pair) {
+	t.Helper()
+	x.Net.Mute(migratetest.Primary, true)
+	time.Sleep(timeout + 3*interval)
+	if st := x.Standby.Stats(); st.State != migrate.Active {
+		t.Fatalf("standby: %+v", st)
+	}
+	x.Net.Mute(migratetest.Primary, false)
+	ended(t, x, migrate.ErrTakenOver, nil)
+	if !x.Guest.Destroyed() {
+		t.Error("two copies run")
+	}
+	exact(t, x)
 }
 
 func TestSilenceWithoutPermission(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := start(t, false)
-		x.link.silence(true)
+		x := start(t, migratetest.Options{})
+		x.Net.Cut(true)
 		time.Sleep(5 * time.Second)
-		if st := x.sb.Stats(); st.State != migrate.Ready || !st.Silent {
+		if st := x.Standby.Stats(); st.State != migrate.Ready || !st.Silent {
 			t.Fatalf("standby: %+v", st)
 		}
-		if err := x.sb.Failover("told to"); err != nil {
+		if err := x.Standby.Failover("told to"); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second)
-		if st := x.sb.Stats(); st.State != migrate.Active {
+		if st := x.Standby.Stats(); st.State != migrate.Active {
 			t.Fatalf("standby: %+v", st)
 		}
-		x.standbyC.Close()
-		<-x.perr
-		<-x.serr
+		<-x.PrimaryErr
+		x.Stop()
+		<-x.StandbyErr
+	})
+}
+
+// A connection that breaks, in whatever way, ends nothing: the next one goes on
+// where it stopped.
+func TestReconnect(t *testing.T) {
+	breaks := map[string]func(*migratetest.Network){
+		"reset":             (*migratetest.Network).Reset,
+		"closed by primary": func(n *migratetest.Network) { n.Kill(migratetest.Primary) },
+		"closed by standby": func(n *migratetest.Network) { n.Kill(migratetest.Standby) },
+		"short cut":         func(n *migratetest.Network) { n.Cut(true); time.Sleep(timeout / 2); n.Cut(false) },
+		"cut and reset":     func(n *migratetest.Network) { n.Cut(true); n.Reset(); time.Sleep(timeout / 2); n.Cut(false) },
+		"corrupt to":        func(n *migratetest.Network) { n.Corrupt(migratetest.Primary, 5000) },
+		"corrupt fro":       func(n *migratetest.Network) { n.Corrupt(migratetest.Standby, 3) },
+	}
+	for name, breaking := range breaks {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x := start(t, migratetest.Options{Automatic: true, Pages: 512})
+				x.Net.Delay(time.Millisecond)
+				first := x.Net.Written()
+				for i := range 30 {
+					if !strings.HasPrefix(name, "corrupt") || i%3 == 0 {
+						breaking(x.Net)
+					}
+					x.Work(3, time.Duration(30+i)*time.Millisecond)
+				}
+				x.Work(20, 20*time.Millisecond)
+				st, sb := x.Primary.Stats(), x.Standby.Stats()
+				if !st.Protected || sb.State != migrate.Ready || st.Epoch < 20 {
+					t.Fatalf("primary %+v, standby %+v", st, sb)
+				}
+				// Not each time where it takes some more bytes to notice; and the standby also
+				// counts those whose Welcome does not arrive whole.
+				if name != "short cut" && (st.Reconnects < 8 || sb.Reconnects < st.Reconnects) {
+					t.Errorf("%d and %d reconnects", st.Reconnects, sb.Reconnects)
+				}
+				// Not another copy of all memory for each of them.
+				if n := x.Net.Written() - first; n > 10*512*page.Size {
+					t.Errorf("%d bytes were sent", n)
+				}
+				takeOver(t, x)
+			})
+		})
+	}
+}
+
+// After a longer break on a standby that lives the guest has gone on alone; then
+// only what changed is sent, and what is committed after that is whole.
+func TestRejoin(t *testing.T) {
+	for name, broken := range map[string]func(*migratetest.Network){
+		"silence":   func(n *migratetest.Network) { n.Cut(true); time.Sleep(30 * time.Second); n.Cut(false) },
+		"cut, lost": func(n *migratetest.Network) { n.Cut(true); time.Sleep(5 * time.Second); n.Reset(); n.Cut(false) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x := start(t, migratetest.Options{Rejoin: time.Minute, Pages: 2048})
+				x.Net.Delay(time.Millisecond)
+				for range 5 {
+					x.Points.At("guest: resumed", 2, func() {}) // at different moments of an epoch
+					x.Guest.Work()
+					time.Sleep(5 * time.Millisecond)
+					sent, count := x.Net.Written(), x.Guest.Count()
+					done := make(chan struct{})
+					go func() { broken(x.Net); close(done) }()
+					time.Sleep(timeout + 2*interval)
+					st := x.Primary.Stats()
+					if st.Protected || !st.Alone {
+						t.Fatalf("while the standby is silent: %+v", st)
+					}
+					x.Work(10, 10*time.Millisecond)
+					if out := x.Output.Released(); out[len(out)-1] < count+10 {
+						t.Errorf("the guest alone is not heard: %d of %d", out[len(out)-1], x.Guest.Count())
+					}
+					<-done
+					x.Work(20, 50*time.Millisecond)
+					if st := x.Primary.Stats(); !st.Protected || st.Alone {
+						t.Fatalf("after it is back: %+v", st)
+					}
+					if n := x.Net.Written() - sent; n > 700*page.Size {
+						t.Errorf("%d bytes were sent, of %d", n, 2048*page.Size)
+					}
+				}
+				x.Net.Cut(true)
+				time.Sleep(timeout / 2)
+				if err := x.Standby.Failover("told to"); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(timeout / 5)
+				exact(t, x)
+				// It comes back, and learns that its copy is not the guest any more.
+				x.Net.Cut(false)
+				ended(t, x, migrate.ErrTakenOver, nil)
+				if !x.Guest.Destroyed() {
+					t.Error("two copies run")
+				}
+			})
+		})
+	}
+}
+
+func TestRejoinTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{Rejoin: 10 * time.Second})
+		x.Net.Cut(true)
+		if err := <-x.PrimaryErr; !errors.Is(err, migrate.ErrStandbyLost) {
+			t.Errorf("primary: %v", err)
+		}
+		alone(t, x)
+		x.Net.Cut(false) // now the standby learns that the connection is closed
+		if err := <-x.StandbyErr; !errors.Is(err, migrate.ErrPrimaryLost) {
+			t.Errorf("standby: %v", err)
+		}
 	})
 }
 
 // A closed connection is no power cut: the guest runs on at the primary.
-func TestClosedConnection(t *testing.T) {
+func TestReplicatorKilled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := start(t, true)
-		x.link.Conn.Close()
-		if err := <-x.serr; !errors.Is(err, migrate.ErrPrimaryLost) {
+		x := start(t, migratetest.Options{Automatic: true})
+		x.Net.Refuse(true) // it does not come back
+		x.Net.Kill(migratetest.Primary)
+		began := time.Now()
+		if err := <-x.StandbyErr; !errors.Is(err, migrate.ErrPrimaryLost) {
 			t.Errorf("standby: %v", err)
 		}
-		if err := <-x.perr; !errors.Is(err, migrate.ErrStandbyLost) {
+		if d := time.Since(began); d < 9*time.Second || d > 12*time.Second {
+			t.Errorf("dropped after %v", d)
+		}
+		if x.Shadow.Over() != nil || !x.Shadow.Closed() {
+			t.Error("the shadow took over, or stays")
+		}
+		<-x.PrimaryErr
+	})
+}
+
+// A standby whose process is known to be gone is not waited for.
+func TestStandbyKilled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{})
+		x.Net.Refuse(true)
+		x.Net.Kill(migratetest.Standby)
+		if err := <-x.PrimaryErr; !errors.Is(err, migrate.ErrStandbyLost) {
 			t.Errorf("primary: %v", err)
 		}
-		if x.s.over || !x.s.closed || x.g.destroyed || !x.o.closed {
-			t.Error("the shadow took over, or the guest was ended")
+		alone(t, x)
+		x.Stop()
+		<-x.StandbyErr
+	})
+}
+
+// A copy that is not what the primary believes is found out, and mended where it
+// can be: sent whole what is named, and refused for good what is not.
+func TestOutOfStep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{Automatic: true, Cache: 64})
+		for i := range 20 {
+			// All of it, so that no page that is not named stays wrong.
+			for n := range 64 {
+				x.Shadow.Spoil(n)
+			}
+			x.Guest.Dirty = 300
+			x.Work(5, 40*time.Millisecond)
+			if st := x.Primary.Stats(); !st.Protected || st.Resyncs < int64(i) {
+				t.Fatalf("%d: %+v", i, st)
+			}
+			x.Guest.Dirty = 8
+		}
+		st, sb := x.Primary.Stats(), x.Standby.Stats()
+		if st.Resyncs == 0 || st.Resyncs != sb.Refused || st.Reconnects != 0 {
+			t.Errorf("primary %+v, standby %+v", st, sb)
+		}
+		takeOver(t, x)
+	})
+}
+
+// checker is a shadow that refuses states.
+type checker struct {
+	migrate.Shadow
+	refuse func() bool
+}
+
+func (c checker) Check(state []byte) error {
+	if c.refuse() {
+		return errors.New("a state of no sense")
+	}
+	return c.Shadow.Check(state)
+}
+
+func TestRefusedForGood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := migratetest.NewPair(migratetest.Options{Automatic: true})
+		var on bool
+		sc := migrate.StandbyConfig{UUID: [16]byte{1}, MemoryKiB: 256, Limit: migratetest.Limit, Generation: 3,
+			Heartbeat: migrate.Heartbeat{Interval: interval, Timeout: timeout}, Automatic: true}
+		x.Standby = migrate.NewStandby(sc, x.Net.Accept, checker{x.Shadow, func() bool { return on }}, slog.New(slog.DiscardHandler))
+		x.Start(t)
+		x.Work(20, 50*time.Millisecond)
+		on = true
+		ended(t, x, migrate.ErrRefused, nil)
+		alone(t, x)
+		if st := x.Standby.Stats(); st.Refused != 3 {
+			t.Errorf("refused %d times", st.Refused)
 		}
 	})
 }
 
-func TestStandbyRefusesEpoch(t *testing.T) {
+func TestShadowBreaks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := start(t, true)
-		x.s.mu.Lock()
-		x.s.stageErr = errors.New("restore has died")
-		x.s.mu.Unlock()
-		if err := <-x.perr; !errors.Is(err, migrate.ErrStandbyLost) {
+		x := start(t, migratetest.Options{Automatic: true})
+		x.Shadow.Fail(errors.New("restore has died"))
+		err := <-x.PrimaryErr
+		if !errors.Is(err, migrate.ErrStandbyLost) || !strings.Contains(err.Error(), "restore has died") {
 			t.Errorf("primary: %v", err)
 		}
-		if err := <-x.serr; !errors.Is(err, migrate.ErrPrimaryLost) {
+		if err := <-x.StandbyErr; err == nil || x.Shadow.Over() != nil {
 			t.Errorf("standby: %v", err)
 		}
-		if !x.o.closed || x.s.over || x.g.destroyed {
-			t.Error("not ended in order")
-		}
+		alone(t, x)
 	})
 }
 
 func TestGuestGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := start(t, true)
-		x.g.mu.Lock()
-		x.g.err = migrate.ErrGuestGone
-		x.g.mu.Unlock()
-		if err := <-x.perr; !errors.Is(err, migrate.ErrGuestGone) {
-			t.Errorf("primary: %v", err)
-		}
-		if err := <-x.serr; err != nil {
-			t.Errorf("standby: %v", err)
-		}
-		if x.s.over || !x.s.closed {
+		x := start(t, migratetest.Options{Automatic: true})
+		x.Guest.Fail(migrate.ErrGuestGone)
+		ended(t, x, migrate.ErrGuestGone, nil)
+		if x.Shadow.Over() != nil || !x.Shadow.Closed() {
 			t.Error("the shadow of a guest that has ended must end")
 		}
 	})
 }
 
+// Being asked to end is heeded wherever the protection stands.
+func TestAbortAnywhere(t *testing.T) {
+	for _, label := range labels(t) {
+		for _, side := range []string{"primary", "standby"} {
+			t.Run(label+", "+side, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					x := migratetest.NewPair(migratetest.Options{Automatic: true})
+					end := func() { x.Primary.End("enough") }
+					if side == "standby" {
+						end = func() { x.Standby.End("enough") }
+					}
+					x.Points.At(label, 1, end)
+					x.Start(t)
+					x.Work(40, 20*time.Millisecond)
+					perr, serr := <-x.PrimaryErr, <-x.StandbyErr
+					if side == "primary" && (perr != nil || serr != nil) || side == "standby" && !errors.Is(perr, migrate.ErrStandbyLost) {
+						t.Errorf("primary: %v, standby: %v", perr, serr)
+					}
+					alone(t, x)
+					if !x.Shadow.Closed() {
+						t.Error("the shadow stays")
+					}
+				})
+			})
+		}
+	}
+}
+
+// labels are the points that a protection and a failover come to.
+func labels(t *testing.T) (l []string) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{Automatic: true})
+		l = x.Points.Labels()
+		x.Primary.End("enough")
+		ended(t, x, nil, nil)
+	})
+	if len(l) < 10 {
+		t.Fatalf("points: %q", l)
+	}
+	return l
+}
+
+// The primary's host loses its power at each of the labelled points: at the first
+// time it is come to, at which there may be nothing to take over from, and later.
+func TestCrashPoints(t *testing.T) {
+	for _, label := range labels(t) {
+		for _, nth := range []int{1, 2, 9} {
+			t.Run(fmt.Sprintf("%s, %d", label, nth), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					x := migratetest.NewPair(migratetest.Options{Automatic: true, Seed: uint64(nth)})
+					off, thaw := false, make(chan struct{})
+					x.Points.At(label, nth, func() {
+						x.Net.Cut(true)
+						off = true
+						if !strings.HasPrefix(label, "shadow") {
+							<-thaw // whoever came here goes no further
+						}
+					})
+					x.Start(t)
+					work := make(chan struct{})
+					defer func() { <-work }()
+					go func() {
+						defer close(work)
+						for range 60 {
+							x.Guest.Work()
+							time.Sleep(20 * time.Millisecond)
+						}
+					}()
+					// Long enough to have taken over, too short for the primary to go on alone
+					// and let its output go: of a host without power nothing leaves any more.
+					for range 100 {
+						if off {
+							break
+						}
+						time.Sleep(10 * time.Millisecond)
+					}
+					if !off {
+						t.Skipf("%q is not come to %d times", label, nth)
+					}
+					told := x.Output.Released()
+					time.Sleep(timeout + 3*interval)
+					if st := x.Standby.Stats(); st.Epoch == 0 {
+						if x.Shadow.Over() != nil {
+							t.Error("taken over from nothing")
+						}
+					} else {
+						over := x.Shadow.Over()
+						if over == nil {
+							t.Fatalf("not taken over: %+v", st)
+						}
+						if n := len(told); n > 0 && told[n-1] > over.Count {
+							t.Errorf("frame %d had left, and what runs is the guest at %d", told[n-1], over.Count)
+						}
+					}
+					close(thaw)
+					x.Stop()
+					time.Sleep(20 * time.Second)
+					<-x.PrimaryErr
+					<-x.StandbyErr
+				})
+			})
+		}
+	}
+}
+
 // hostile plays a primary that does not keep to the protocol.
 func TestHostilePrimary(t *testing.T) {
-	data := func(e wire.Epoch, p string) *wire.Frame {
-		return &wire.Frame{Type: wire.TypePages, Epoch: e, Payload: []byte(p)}
+	frame := func(typ wire.Type, e wire.Epoch, payload []byte) *wire.Frame {
+		return &wire.Frame{Type: typ, Epoch: e, Payload: payload, Generation: 3}
 	}
-	hello := &wire.Frame{Type: wire.TypeHello, Payload: wire.Hello{Lowest: 2, Highest: 2, Session: 1, UUID: [16]byte{1}, MemoryKiB: 4096}.Append(nil)}
-	for name, frames := range map[string][]*wire.Frame{
-		"no hello":        {data(1, "x")},
-		"another guest":   {{Type: wire.TypeHello, Payload: wire.Hello{Lowest: 2, Highest: 2, Session: 1, MemoryKiB: 4096}.Append(nil)}},
-		"skipped epoch":   {hello, data(2, "x")},
-		"replayed hello":  {hello, hello},
-		"end without sum": {hello, data(1, "12345678"), {Type: wire.TypeEpochEnd, Epoch: 1}},
-		"wrong sum":       {hello, data(1, "12345678"), {Type: wire.TypeEpochEnd, Epoch: 1, Payload: wire.EpochEnd{Bytes: 8}.Append(nil)}},
-		"says ack":        {hello, {Type: wire.TypeAck, Epoch: 1}},
+	good := wire.Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}
+	hello := frame(wire.TypeHello, 0, good.Append(nil))
+	with := func(f func(*wire.Hello)) *wire.Frame {
+		h := good
+		f(&h)
+		return frame(wire.TypeHello, 0, h.Append(nil))
+	}
+	head := frame(wire.TypeHead, 1, []byte(migratetest.Head))
+	records := func(pfns ...page.PFN) (b []byte) {
+		enc := page.NewEncoder(0)
+		for _, pfn := range pfns {
+			b = enc.Append(b, pfn, make([]byte, page.Size))
+		}
+		return b
+	}
+	// epoch makes a whole one, of these frames.
+	epoch := func(e wire.Epoch, pages uint64, frames ...*wire.Frame) []*wire.Frame {
+		end := wire.EpochEnd{Pages: pages}
+		for _, f := range frames {
+			if _, err := f.Append(nil); err != nil {
+				t.Fatal(err)
+			}
+			end.Add(*f)
+		}
+		return append(frames, frame(wire.TypeEpochEnd, e, end.Append(nil)))
+	}
+	state := func(e wire.Epoch) *wire.Frame { return frame(wire.TypeState, e, migratetest.State{}.Append(nil)) }
+	pages := func(e wire.Epoch, pfns ...page.PFN) *wire.Frame { return frame(wire.TypePages, e, records(pfns...)) }
+	first := append([]*wire.Frame{hello}, epoch(1, 2, head, pages(1, 0, 1), state(1))...)
+	then := func(f ...*wire.Frame) []*wire.Frame { return append(slices.Clone(first), f...) }
+
+	for name, c := range map[string]struct {
+		frames  []*wire.Frame
+		epoch   wire.Epoch // committed in the end
+		resyncs int
+		open    bool // the connection is
+	}{
+		"whole":                   {then(epoch(2, 1, pages(2, 1), state(2))...), 2, 0, true},
+		"no hello":                {[]*wire.Frame{pages(1, 0)}, 0, 0, false},
+		"another guest":           {[]*wire.Frame{with(func(h *wire.Hello) { h.UUID[3] = 1 })}, 0, 0, false},
+		"another size":            {[]*wire.Frame{with(func(h *wire.Hello) { h.MemoryKiB++ })}, 0, 0, false},
+		"another version":         {[]*wire.Frame{with(func(h *wire.Hello) { h.Lowest, h.Highest = 3, 4 })}, 0, 0, false},
+		"from the middle":         {[]*wire.Frame{with(func(h *wire.Hello) { h.Committed = 4 })}, 0, 0, false},
+		"another generation":      {[]*wire.Frame{{Type: wire.TypeHello, Generation: 4, Payload: hello.Payload}}, 0, 0, false},
+		"hello twice":             {[]*wire.Frame{hello, hello}, 0, 0, false},
+		"no head":                 {[]*wire.Frame{hello, pages(1, 0)}, 0, 0, false},
+		"head twice":              {[]*wire.Frame{hello, head, head}, 0, 0, false},
+		"first, skipped":          {[]*wire.Frame{hello, head, pages(2, 0)}, 0, 0, false},
+		"first, wrong sum":        {[]*wire.Frame{hello, head, state(1), frame(wire.TypeEpochEnd, 1, wire.EpochEnd{Bytes: 8}.Append(nil))}, 0, 0, false},
+		"first, outside":          {[]*wire.Frame{hello, head, pages(1, migratetest.Limit)}, 0, 0, false},
+		"first, without state":    {append([]*wire.Frame{hello}, epoch(1, 1, head, pages(1, 0))...), 0, 0, false},
+		"first, says ack":         {[]*wire.Frame{hello, frame(wire.TypeAck, 1, nil)}, 0, 0, false},
+		"first, restarts":         {[]*wire.Frame{hello, head, frame(wire.TypeRestart, 1, nil)}, 0, 0, false},
+		"says ack":                {then(frame(wire.TypeAck, 2, nil)), 1, 1, false},
+		"hello in the middle":     {then(hello), 1, 1, false},
+		"stale generation":        {then(&wire.Frame{Type: wire.TypePages, Epoch: 2, Generation: 2}), 1, 1, false},
+		"skipped epoch":           {then(pages(3, 0)), 1, 1, true},
+		"replayed epoch":          {then(first[1:]...), 1, 1, true},
+		"replayed epoch, later":   {then(append(epoch(2, 1, pages(2, 1), state(2)), epoch(2, 1, pages(2, 1), state(2))...)...), 2, 1, true},
+		"reordered":               {then(epoch(2, 1, state(2), pages(2, 1))...), 1, 1, true},
+		"lying count":             {then(epoch(2, 3, pages(2, 0, 1), state(2))...), 1, 1, true},
+		"lost frame":              {then(epoch(2, 2, pages(2, 0), pages(2, 1), state(2))[1:]...), 1, 1, true},
+		"outside the guest":       {then(epoch(2, 1, pages(2, migratetest.Limit), state(2))...), 1, 1, true},
+		"half a record":           {then(epoch(2, 1, frame(wire.TypePages, 2, records(0)[:7]), state(2))...), 1, 1, true},
+		"no state":                {then(epoch(2, 1, pages(2, 0))...), 1, 1, true},
+		"half a state":            {then(epoch(2, 0, frame(wire.TypeState, 2, []byte("fake")))...), 1, 1, true},
+		"head later":              {then(frame(wire.TypeHead, 2, head.Payload)), 1, 1, true},
+		"end without sum":         {then(pages(2, 0), state(2), frame(wire.TypeEpochEnd, 2, nil)), 1, 1, true},
+		"refused, then no more":   {then(append([]*wire.Frame{pages(9, 0)}, epoch(2, 1, pages(2, 1), state(2))...)...), 1, 1, true},
+		"refused, then restarted": {then(append([]*wire.Frame{pages(9, 0), frame(wire.TypeRestart, 2, nil)}, epoch(2, 1, pages(2, 1), state(2))...)...), 2, 1, true},
+		"restarts another":        {then(frame(wire.TypeRestart, 3, nil)), 1, 1, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				a, b := net.Pipe()
-				s := &shadow{}
-				sb := migrate.NewStandby(migrate.StandbyConfig{UUID: [16]byte{1}, MemoryKiB: 4096, Generation: 3,
-					Heartbeat: migrate.Heartbeat{Interval: interval, Timeout: timeout}, Automatic: true}, b, s, slog.New(slog.DiscardHandler))
+				n, s := migratetest.NewNetwork(), migratetest.NewShadow()
+				sb := migrate.NewStandby(migrate.StandbyConfig{UUID: [16]byte{1}, MemoryKiB: 4096, Limit: migratetest.Limit, Generation: 3,
+					Heartbeat: migrate.Heartbeat{Interval: interval, Timeout: timeout}}, n.Accept, s, slog.New(slog.DiscardHandler))
+				ctx, cancel := context.WithCancel(t.Context())
 				done := make(chan error, 1)
-				go func() { done <- sb.Run(t.Context()) }()
-				go io.Copy(io.Discard, a)
-				for _, f := range frames {
-					f.Generation = 3
+				go func() { done <- sb.Run(ctx) }()
+				conn, err := n.Dial(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				resyncs, open := 0, true
+				go func() {
+					for r := wire.NewReader(conn, 3); ; {
+						f, err := r.Read()
+						if err != nil {
+							open = false
+							return
+						}
+						if f.Type == wire.TypeResync {
+							resyncs++
+						}
+					}
+				}()
+				for _, f := range c.frames {
 					raw, err := f.Append(nil)
 					if err != nil {
 						t.Fatal(err)
 					}
-					if _, err := a.Write(raw); err != nil {
-						break
+					conn.Write(raw)
+					time.Sleep(time.Millisecond)
+				}
+				synctest.Wait()
+				if e := sb.Stats().Epoch; e != c.epoch || resyncs != c.resyncs || open != c.open && c.epoch > 0 {
+					t.Errorf("epoch %d committed, %d resyncs, open %v; want %d, %d, %v", e, resyncs, open, c.epoch, c.resyncs, c.open)
+				}
+				if c.epoch == 0 {
+					time.Sleep(2 * time.Second)
+					if err := <-done; err == nil {
+						t.Error("accepted")
 					}
 				}
-				if err := <-done; err == nil {
-					t.Error("accepted")
+				cancel()
+				if c.epoch > 0 {
+					<-done
 				}
-				if s.over || !s.closed || sb.Stats().Epoch != 0 {
-					t.Errorf("shadow over=%v closed=%v, epoch %d", s.over, s.closed, sb.Stats().Epoch)
+				if s.Over() != nil || !s.Closed() {
+					t.Errorf("shadow over=%v closed=%v", s.Over(), s.Closed())
 				}
-				a.Close()
+				conn.Close()
 			})
 		})
 	}
+}
+
+// A second connection of somebody who is not the one who began is refused, and
+// harms nothing.
+func TestIntruder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{Automatic: true})
+		for _, h := range []wire.Hello{
+			{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99},
+			{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99, Committed: x.Primary.Stats().Epoch},
+		} {
+			var conn net.Conn
+			conn, err := x.Net.Dial(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := wire.Frame{Type: wire.TypeHello, Generation: 3, Payload: h.Append(nil)}
+			b, _ := f.Append(nil)
+			conn.Write(b)
+			got, err := wire.NewReader(conn, 3).Read()
+			if err != nil || got.Type != wire.TypeEnd {
+				t.Errorf("answered by %v, %v", got.Type, err)
+			}
+			conn.Close()
+		}
+		x.Work(5, 20*time.Millisecond)
+		if st := x.Primary.Stats(); !st.Protected || st.Reconnects != 0 {
+			t.Errorf("%+v", st)
+		}
+		x.Primary.End("enough")
+		ended(t, x, nil, nil)
+	})
 }

@@ -4,21 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
+	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"kemari/migrate/page"
 	"kemari/migrate/wire"
-)
-
-// Trigger is what asks for a checkpoint, apart from the longest interval.
-type Trigger string
-
-const (
-	TriggerOutput   Trigger = "output"   // the first frame held in the epoch: Kemari's rule
-	TriggerInterval Trigger = "interval" // nothing else
 )
 
 // PrimaryConfig is what a Primary needs to know.
@@ -26,53 +19,103 @@ type PrimaryConfig struct {
 	UUID       [16]byte
 	MemoryKiB  uint64
 	Generation wire.Generation
-	Trigger    Trigger
-	Min, Max   time.Duration // shortest and longest time from checkpoint to checkpoint
+	Policy     Policy
 	Heartbeat  Heartbeat
+	// Automatic: the standby takes over on silence alone. Silence then ends
+	// protection, since the copy over there is the guest by then.
+	Automatic bool
+	// Rejoin is how long, after a silence and unless Automatic, the guest goes on alone
+	// while a standby that lives is looked for. 0 ends protection at once.
+	Rejoin time.Duration
+	// CachePages bounds what is kept of what the standby has, in pages.
+	CachePages int
 }
 
 // PrimaryStats is what a Primary has done so far.
 type PrimaryStats struct {
-	Protected bool       // at least one epoch is committed
-	Epoch     wire.Epoch // last committed
-	Last      Checkpoint // of the last committed epoch
-	LastBytes int64
-	CopyBytes int64 // of the first epoch, so far
-	Bytes     int64 // all
-	Lag       time.Duration
-	PauseMax  time.Duration
-	PauseSum  time.Duration
-	Drops     uint64
+	Protected  bool       // the last epoch committed is not older than the output that is out
+	Alone      bool       // the standby is silent, the guest goes on without it
+	Epoch      wire.Epoch // last committed
+	Last       Checkpoint // of the last committed epoch
+	LastBytes  int64
+	CopyBytes  int64 // of the guest's memory, copied with the first epoch so far
+	Bytes      int64 // all
+	Lag        time.Duration
+	PauseMax   time.Duration
+	PauseSum   time.Duration
+	Drops      uint64
+	Reconnects int64 // connections that replaced one that broke
+	Resyncs    int64 // epochs that the standby refused and was sent again
 }
+
+// Bounds of the first copy: rounds while the guest runs end when few pages are
+// left, when they do not become fewer, or when there were many.
+const (
+	fewPages  = 1024
+	maxRounds = 8
+)
+
+// Bounds of what is tried for one epoch.
+const (
+	maxRefusals = 3
+	maxLines    = 16
+)
 
 // Primary runs one protection of a guest on the host it runs on.
+//
+// Run's goroutine takes, encodes and sends the epochs. A second one keeps the
+// connection: it makes a new one when one breaks. A third one watches for
+// silence. What they tell each other is under mu; whoever waits for it to change
+// waits for changed.
 type Primary struct {
-	cfg    PrimaryConfig
-	guest  Guest
-	output Output
-	log    *slog.Logger
-	link   *link
+	cfg     PrimaryConfig
+	dial    Dial
+	guest   Guest
+	output  Output
+	log     *slog.Logger
+	life    life
+	session wire.Session
 
-	acks   chan wire.Epoch
-	ended  chan struct{} // the standby confirmed our End
-	ask    chan struct{} // closed by End
-	asked  sync.Once
-	reason string
+	// Of Run's goroutine.
+	enc      *page.Encoder
+	capture  Capture
+	frame    []byte       // being filled
+	last     *primaryLine // on which the last epoch was committed
+	sealed   bool         // the output of the epoch under way is held, and waits for its commit
+	passing  bool         // output passes: nothing is held
+	fresh    bool         // the epoch under way was taken after the output had last passed
+	reason   string       // of End
+	askOnce  sync.Once
+	cancel   context.CancelCauseFunc
+	canceled context.Context
 
-	mu    sync.Mutex
-	stats PrimaryStats
+	sending atomic.Uint64 // last epoch of which something was sent
+
+	mu      sync.Mutex
+	stats   PrimaryStats
+	policy  Policy
+	line    *primaryLine // nil while there is none
+	alone   bool         // told to go on alone
+	changed chan struct{}
+
+	kept chan struct{} // closed when the connection is not kept any more
+	fate error         // why not; valid then
 }
 
-// NewPrimary prepares a protection over conn, an authenticated connection to the
-// standby. Run owns all three until it returns.
-func NewPrimary(cfg PrimaryConfig, conn net.Conn, g Guest, o Output, log *slog.Logger) *Primary {
-	return &Primary{
-		cfg: cfg, guest: g, output: o, log: log,
-		link:  newLink(conn, cfg.Generation),
-		acks:  make(chan wire.Epoch, 1),
-		ended: make(chan struct{}),
-		ask:   make(chan struct{}),
+// NewPrimary prepares a protection. Run dials, again whenever a connection breaks,
+// and owns g and o until it returns.
+func NewPrimary(cfg PrimaryConfig, dial Dial, g Guest, o Output, log *slog.Logger) *Primary {
+	p := &Primary{
+		cfg: cfg, dial: dial, guest: g, output: o, log: log, policy: cfg.Policy,
+		life:    life{born: time.Now()},
+		session: wire.Session(rand.Uint64() | 1),
+		enc:     page.NewEncoder(cfg.CachePages),
+		frame:   wire.Room(make([]byte, 0, wire.HeaderSize+wire.MaxPayload)),
+		passing: true,
+		changed: make(chan struct{}), kept: make(chan struct{}),
 	}
+	p.canceled, p.cancel = context.WithCancelCause(context.Background())
+	return p
 }
 
 // Stats may be called at any time.
@@ -82,11 +125,32 @@ func (p *Primary) Stats() PrimaryStats {
 	return p.stats
 }
 
+// SetPolicy changes when checkpoints are due, from now on. It may be called at any
+// time.
+func (p *Primary) SetPolicy(policy Policy) error {
+	if err := policy.Validate(); err != nil {
+		return err
+	}
+	p.change(func() { p.policy = policy })
+	return nil
+}
+
+// change changes what mu guards and wakes whoever waits for that.
+func (p *Primary) change(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f()
+	close(p.changed)
+	p.changed = make(chan struct{})
+}
+
 // End asks Run to end protection in good order. It does not block.
 func (p *Primary) End(reason string) {
-	p.asked.Do(func() {
+	p.askOnce.Do(func() {
+		p.mu.Lock()
 		p.reason = reason
-		close(p.ask)
+		p.mu.Unlock()
+		p.cancel(errAsked)
 	})
 }
 
@@ -100,261 +164,433 @@ func (p *Primary) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { p.End("the replicator was stopped") })
 	defer stop()
 
-	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	p.life.sign()
+	// The work ends before the connection does: there is something to say last.
+	connected, disconnect := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
-	err := p.start(work, cancel, &wg)
+	wg.Go(func() { p.keep(connected) })
+	wg.Go(func() { p.watch(connected) })
+
+	err := p.cfg.Policy.Validate()
 	if err == nil {
-		err = p.protect(work)
+		err = p.protect(p.canceled)
 	}
-	if c := context.Cause(work); c != nil && !errors.Is(err, errAsked) && !errors.Is(err, ErrGuestGone) {
-		err = c // what ended the connection says more than what stumbled over it
+	if c := context.Cause(p.canceled); c != nil && !errors.Is(err, ErrGuestGone) {
+		err = c // what ended the work says more than what stumbled over that
 	}
-	err = p.finish(work, err)
-	cancel(nil)
-	p.link.conn.Close()
+	err = p.finish(connected, err)
+	p.cancel(err)
+	disconnect()
 	wg.Wait()
 	return err
 }
 
-// start shakes hands and starts the goroutines that keep the connection.
-func (p *Primary) start(ctx context.Context, cancel context.CancelCauseFunc, wg *sync.WaitGroup) error {
-	r := p.link.reader()
-	hello := wire.Hello{Lowest: wire.Version, Highest: wire.Version, UUID: p.cfg.UUID, MemoryKiB: p.cfg.MemoryKiB, Session: 1}
-	if err := p.link.send(wire.TypeHello, 0, hello.Append(nil)); err != nil {
-		return fmt.Errorf("%w: %w", ErrStandbyLost, err)
-	}
-	if _, err := p.link.handshake(r, wire.TypeWelcome); err != nil {
-		return fmt.Errorf("%w: %w", ErrStandbyLost, err)
-	}
-	// Each of these ends the work when it ends; closing the connection ends them.
-	wg.Go(func() { cancel(p.lost(p.link.receive(r, p.handle))) })
-	wg.Go(func() {
-		if err := p.link.beat(ctx, p.cfg.Heartbeat.Interval); err != nil {
-			// The reader knows better why; it is given a moment to say so.
-			time.Sleep(p.cfg.Heartbeat.Interval)
-			cancel(p.lost(err))
-		}
-	})
-	wg.Go(func() {
-		if err := p.link.watch(ctx, p.cfg.Heartbeat.Interval, p.patience); err != nil {
-			cancel(fmt.Errorf("%w: %w for %v", ErrStandbyLost, err, p.link.silence().Round(time.Millisecond)))
-			p.link.conn.Close() // whoever is stuck in a write comes out
-		}
-	})
-	return nil
-}
-
-func (p *Primary) patience() time.Duration {
-	if p.Stats().Protected {
-		return p.cfg.Heartbeat.Timeout
-	}
-	return max(p.cfg.Heartbeat.Timeout, setupTimeout)
-}
-
-func (p *Primary) lost(err error) error {
-	switch {
-	case errors.Is(err, ErrTakenOver), errors.Is(err, ErrStandbyLost):
-		return err
-	case errors.Is(err, io.EOF):
-		return fmt.Errorf("%w: it closed the connection", ErrStandbyLost)
-	default:
-		return fmt.Errorf("%w: %w", ErrStandbyLost, err)
-	}
-}
-
-func (p *Primary) handle(f wire.Frame) error {
-	switch f.Type {
-	case wire.TypeHeartbeat:
-		return nil
-	case wire.TypeAck:
-		select {
-		case p.acks <- f.Epoch:
-			return nil
-		default:
-			return fmt.Errorf("%w: acknowledged epoch %d twice", wire.ErrFormat, f.Epoch)
-		}
-	case wire.TypeEnd:
-		select {
-		case <-p.ended: // twice; harmless
-		default:
-			close(p.ended)
-		}
-		return fmt.Errorf("%w: it ended protection: %s", ErrStandbyLost, printable(f.Payload))
-	case wire.TypeTakenOver:
-		return ErrTakenOver
-	default:
-		return fmt.Errorf("%w: %v from a standby", wire.ErrFormat, f.Type)
-	}
-}
-
 // protect runs epoch after epoch until something ends it.
 func (p *Primary) protect(ctx context.Context) error {
-	var began time.Time // the last checkpoint
-	for epoch := wire.Epoch(1); ; epoch++ {
-		if epoch > 1 {
-			if err := p.wait(ctx, began); err != nil {
-				return err
-			}
-		}
-		began = time.Now()
-		if err := p.epoch(ctx, epoch); err != nil {
+	if _, err := p.await(ctx); err != nil {
+		return err
+	}
+	p.sending.Store(1)
+	head, err := p.guest.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	began, err := p.copy(ctx, 1, head)
+	if err != nil {
+		return fmt.Errorf("first copy: %w", err)
+	}
+	for epoch := wire.Epoch(2); ; epoch++ {
+		if err := p.wait(ctx, began); err != nil {
 			return err
 		}
+		if _, err := p.await(ctx); err != nil {
+			return err
+		}
+		began = time.Now()
+		err := p.checkpoint(ctx)
+		if errors.Is(err, ErrPagesUnknown) {
+			p.log.Warn("all pages are sent again", "epoch", uint64(epoch), "reason", err)
+			if began, err = p.copy(ctx, epoch, nil); err == nil {
+				continue
+			}
+		}
+		if err == nil {
+			err = p.commit(ctx, epoch)
+		}
+		if err != nil {
+			return fmt.Errorf("epoch %d: %w", epoch, err)
+		}
 	}
+}
+
+// copy sends all of the guest's memory, most of it while the guest runs, as one
+// epoch: the first one, which has a head, or a later one where it is not known what
+// changed. It cannot be gone on with over another connection, nor sent again, since
+// its pages are not kept here: whatever breaks it ends protection.
+func (p *Primary) copy(ctx context.Context, epoch wire.Epoch, head []byte) (began time.Time, err error) {
+	l, err := p.await(ctx)
+	if err != nil {
+		return began, err
+	}
+	p.sending.Store(uint64(epoch))
+	w := epochWriter{p: p, line: l, epoch: epoch, whole: true}
+	began, err = p.copyOn(ctx, &w, head)
+	switch {
+	case errors.Is(err, errRefused):
+		return began, fmt.Errorf("%w: %s", ErrRefused, <-l.refused)
+	case errors.Is(err, errLine):
+		// If there is more to say than that, it is known where connections are kept.
+		p.hangUp(l)
+		<-l.done
+		if err = l.err; errors.Is(err, errLine) {
+			err = fmt.Errorf("%w: %w", ErrStandbyLost, err)
+		}
+	}
+	return began, err
+}
+
+func (p *Primary) copyOn(ctx context.Context, w *epochWriter, head []byte) (began time.Time, err error) {
+	if head != nil {
+		if err := w.bytes(wire.TypeHead, head); err != nil {
+			return began, err
+		}
+	}
+	for n, last := 1, 0; ; n++ {
+		pages, err := p.guest.Round(ctx, func(b *Pages) error {
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+			if n == 1 && w.epoch == 1 {
+				p.mu.Lock()
+				p.stats.CopyBytes += int64(len(b.Data))
+				p.mu.Unlock()
+			}
+			return w.pages(b)
+		})
+		if err != nil {
+			return began, err
+		}
+		if pages <= fewPages || n >= maxRounds || n > 2 && pages >= last {
+			break
+		}
+		last = pages
+	}
+	began = time.Now()
+	if err := p.checkpoint(ctx); err != nil {
+		return began, err
+	}
+	resumed := time.Now()
+	if err := w.finish(&p.capture); err != nil {
+		return began, err
+	}
+	select {
+	case <-ctx.Done():
+		return began, context.Cause(ctx)
+	case <-w.line.done:
+		return began, w.line.err
+	case reason := <-w.line.refused:
+		return began, fmt.Errorf("%w: %s", ErrRefused, reason)
+	case e := <-w.line.acks:
+		if e != w.epoch {
+			return began, fmt.Errorf("%w: it acknowledged epoch %d, not %d", ErrStandbyLost, e, w.epoch)
+		}
+	}
+	p.last = w.line
+	return began, p.committed(w.epoch, w, time.Since(resumed))
 }
 
 // wait blocks until the next checkpoint is due.
 func (p *Primary) wait(ctx context.Context, began time.Time) error {
-	longest := time.NewTimer(time.Until(began.Add(p.cfg.Max)))
-	defer longest.Stop()
-	held := p.output.Held()
-	if p.cfg.Trigger == TriggerInterval {
-		held = nil
-	}
-	var shortest <-chan time.Time
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var asked bool // output has asked for a checkpoint
 	for {
+		p.mu.Lock()
+		policy, l, changed := p.policy, p.line, p.changed
+		pause := p.stats.Last.Pause()
+		p.mu.Unlock()
+		if l == nil || p.passing {
+			return nil // what is to be done about that is not decided here
+		}
+		soonest, latest := policy.after(pause)
+		due, held := latest, p.output.Held()
+		if policy.Trigger == TriggerInterval {
+			held = nil
+		} else if asked {
+			due, held = soonest, nil
+		}
+		timer.Reset(time.Until(began.Add(due)))
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case <-p.ask:
-			return errAsked
-		case <-longest.C:
+		case <-l.done:
 			return nil
-		case <-shortest:
+		case <-timer.C:
 			return nil
 		case <-held:
-			rest := time.Until(began.Add(p.cfg.Min))
-			if rest <= 0 {
-				return nil
-			}
-			shortest, held = time.After(rest), nil
+			asked = true
+		case <-changed:
 		}
 	}
 }
 
-// epoch takes, sends and commits one.
-func (p *Primary) epoch(ctx context.Context, epoch wire.Epoch) error {
-	var end wire.EpochEnd
-	work, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	// Being asked to end cuts a checkpoint short: the first may take minutes, and
-	// any takes for ever while the guest is paused.
-	go func() {
+// await returns the connection to go on with, waiting for one if there is none.
+// Meanwhile it lets the guest go on alone when that has been decided.
+func (p *Primary) await(ctx context.Context) (*primaryLine, error) {
+	for {
+		p.mu.Lock()
+		l, alone, changed := p.line, p.alone, p.changed
+		if l != nil {
+			p.alone = false
+		}
+		p.mu.Unlock()
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		if l != nil {
+			return l, nil
+		}
+		if alone && !p.passing {
+			if err := p.output.Pass(); err != nil {
+				return nil, fmt.Errorf("let the guest's output go: %w", err)
+			}
+			p.passing, p.sealed, p.fresh = true, false, false
+			p.mu.Lock()
+			p.stats.Protected, p.stats.Alone = false, true
+			p.mu.Unlock()
+			p.log.Error("the standby is silent; the guest goes on, unprotected, until it is back", "rejoin", p.cfg.Rejoin)
+		}
 		select {
-		case <-p.ask:
-			cancel(errAsked)
-		case <-work.Done():
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-changed:
 		}
-	}()
-	seal := func() error {
-		// In this order a frame in between asks for a checkpoint too many; in the
-		// other it would be held until the longest interval is over.
-		p.output.Arm()
-		return p.output.Seal()
 	}
+}
 
-	cp, err := p.guest.Checkpoint(work, seal, func(b []byte) error {
-		for len(b) > 0 {
-			n := min(len(b), wire.MaxPayload)
-			f := wire.Frame{Type: wire.TypePages, Generation: p.cfg.Generation, Epoch: epoch, Payload: b[:n]}
-			if err := p.link.sendFrame(&f); err != nil {
-				return p.lost(err)
-			}
-			end.Add(f)
-			b = b[n:]
-			if epoch == 1 {
-				p.mu.Lock()
-				p.stats.CopyBytes = int64(end.Bytes)
-				p.mu.Unlock()
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		if c := context.Cause(work); c != nil && !errors.Is(err, ErrGuestGone) {
-			err = c
-		}
-		return fmt.Errorf("epoch %d: %w", epoch, err)
-	}
-	resumed := time.Now()
-	if err := p.link.send(wire.TypeEpochEnd, epoch, end.Append(nil)); err != nil {
-		return p.lost(err)
-	}
-	select {
-	case <-ctx.Done():
+// checkpoint takes one into p.capture.
+func (p *Primary) checkpoint(ctx context.Context) error {
+	err := p.guest.Checkpoint(ctx, p.seal, &p.capture)
+	if err != nil && !errors.Is(err, ErrGuestGone) && context.Cause(ctx) != nil {
 		return context.Cause(ctx)
-	case e := <-p.acks:
-		if e != epoch {
-			return fmt.Errorf("%w: it acknowledged epoch %d, not %d", ErrStandbyLost, e, epoch)
-		}
 	}
-	lag := time.Since(resumed)
-	if err := p.output.Release(); err != nil {
-		return fmt.Errorf("release epoch %d: %w", epoch, err)
+	return err
+}
+
+func (p *Primary) seal() error {
+	// In this order a frame in between asks for a checkpoint too many; in the other
+	// it would be held until the longest interval is over.
+	p.output.Arm()
+	if p.sealed { // by a checkpoint that did not succeed: what came since is for the next one
+		return nil
 	}
-	p.committed(epoch, cp, int64(end.Bytes), lag)
+	if err := p.output.Seal(); err != nil {
+		return fmt.Errorf("seal: %w", err)
+	}
+	p.sealed, p.passing, p.fresh = true, false, true
 	return nil
 }
 
-func (p *Primary) committed(epoch wire.Epoch, cp Checkpoint, bytes int64, lag time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	s := &p.stats
-	s.Epoch, s.Last, s.LastBytes, s.Lag = epoch, cp, bytes, lag
-	s.Bytes += bytes
-	s.PauseSum += cp.Pause()
-	s.PauseMax = max(s.PauseMax, cp.Pause())
-	if !s.Protected {
-		s.Protected = true
-		p.log.Info("protected", "bytes", bytes, "pause", cp.Pause(), "lag", lag)
+// commit sends the captured epoch until the standby has it: over as many
+// connections, and as often, as it takes within bounds. The capture stays until
+// then, so that what got lost or was refused can be sent again.
+func (p *Primary) commit(ctx context.Context, epoch wire.Epoch) error {
+	p.sending.Store(uint64(epoch))
+	resumed := time.Now()
+	var w epochWriter
+	for refusals, lines, restart := 0, 0, false; ; {
+		l, err := p.await(ctx)
+		if err != nil {
+			return err
+		}
+		if l != w.line {
+			// What a connection began with is old once an epoch was committed on it.
+			switch {
+			case l == p.last:
+			case l.committed == epoch && w.line != nil: // its acknowledgement was lost
+				p.last = l
+				return p.committed(epoch, &w, time.Since(resumed))
+			case l.committed != epoch-1:
+				return fmt.Errorf("%w: it says it has epoch %d", ErrStandbyLost, l.committed)
+			}
+			if lines++; lines > maxLines {
+				return fmt.Errorf("%w: the connection broke %d times during one epoch", ErrStandbyLost, maxLines)
+			}
+			restart = false
+		}
+		if w.line != nil { // an earlier try: what the standby has made of it is not known
+			for _, pfn := range p.capture.PFNs {
+				p.enc.Forget(pfn)
+			}
+		}
+		w = epochWriter{p: p, line: l, epoch: epoch}
+		if restart {
+			if err := l.send(wire.TypeRestart, epoch, nil); err != nil {
+				<-l.done
+				continue
+			}
+		}
+		switch err := w.finish(&p.capture); {
+		case errors.Is(err, errRefused): // below
+		case err != nil:
+			l.conn.Close() // whatever it was, this one is not used any further
+			<-l.done
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case e := <-l.acks:
+			if e != epoch {
+				return fmt.Errorf("%w: it acknowledged epoch %d, not %d", ErrStandbyLost, e, epoch)
+			}
+			p.last = l
+			return p.committed(epoch, &w, time.Since(resumed))
+		case <-l.done:
+		case reason := <-l.refused:
+			if refusals++; refusals >= maxRefusals {
+				return fmt.Errorf("%w, %d times in a row: %s", ErrRefused, refusals, reason)
+			}
+			p.mu.Lock()
+			p.stats.Resyncs++
+			p.mu.Unlock()
+			// If it has something else than we believe of one page, why not of others.
+			p.enc.Reset()
+			restart = true
+		}
 	}
 }
 
+// committed lets the epoch's output go and counts.
+func (p *Primary) committed(epoch wire.Epoch, w *epochWriter, lag time.Duration) error {
+	if p.sealed {
+		if err := p.output.Release(); err != nil {
+			return fmt.Errorf("release: %w", err)
+		}
+		p.sealed = false
+	}
+	c := &p.capture
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := &p.stats
+	s.Epoch, s.LastBytes, s.Lag = epoch, int64(w.end.Bytes), lag
+	s.Last = Checkpoint{Suspend: c.Suspend, Copy: c.Copy, Resume: c.Resume, Pages: int64(len(c.PFNs))}
+	s.Bytes += int64(w.end.Bytes)
+	s.PauseSum += s.Last.Pause()
+	s.PauseMax = max(s.PauseMax, s.Last.Pause())
+	if !s.Protected && p.fresh {
+		s.Protected, s.Alone = true, false
+		p.log.Info("protected", "epoch", uint64(epoch), "bytes", w.end.Bytes, "pause", s.Last.Pause(), "lag", lag)
+	}
+	return nil
+}
+
+// errRefused: the standby has refused the epoch while it was being sent.
+var errRefused = errors.New("refused meanwhile")
+
+// epochWriter encodes and sends one epoch on one connection.
+type epochWriter struct {
+	p     *Primary
+	line  *primaryLine
+	epoch wire.Epoch
+	whole bool // pages may come several times: none may refer to what the standby has
+	end   wire.EpochEnd
+}
+
+// finish sends the capture and what ends the epoch.
+func (w *epochWriter) finish(c *Capture) error {
+	if err := w.pages(&c.Pages); err != nil {
+		return err
+	}
+	if err := w.bytes(wire.TypeState, c.State); err != nil {
+		return err
+	}
+	return w.line.send(wire.TypeEpochEnd, w.epoch, w.end.Append(nil))
+}
+
+// pages encodes pages into frames that are cut between records.
+func (w *epochWriter) pages(b *Pages) error {
+	buf := w.p.frame[:wire.HeaderSize]
+	for i, pfn := range b.PFNs {
+		if len(buf)+page.MaxEncoded > wire.HeaderSize+wire.MaxPayload {
+			if err := w.flush(wire.TypePages, buf); err != nil {
+				return err
+			}
+			buf = buf[:wire.HeaderSize]
+		}
+		if w.whole {
+			w.p.enc.Forget(pfn)
+		}
+		n := len(buf)
+		if buf = w.p.enc.Append(buf, pfn, b.Page(i)); len(buf) > n {
+			w.end.Pages++
+		}
+	}
+	if len(buf) == wire.HeaderSize {
+		return nil
+	}
+	return w.flush(wire.TypePages, buf)
+}
+
+// bytes sends opaque bytes in as many frames as it takes.
+func (w *epochWriter) bytes(t wire.Type, b []byte) error {
+	for {
+		n := min(len(b), wire.MaxPayload)
+		if err := w.flush(t, append(w.p.frame[:wire.HeaderSize], b[:n]...)); err != nil {
+			return err
+		}
+		if b = b[n:]; len(b) == 0 {
+			return nil
+		}
+	}
+}
+
+func (w *epochWriter) flush(t wire.Type, b []byte) error {
+	if len(w.line.refused) > 0 {
+		return errRefused
+	}
+	f := wire.Frame{Type: t, Generation: w.p.cfg.Generation, Epoch: w.epoch}
+	if err := f.Fill(b); err != nil {
+		return err
+	}
+	w.end.Add(f)
+	return w.line.write(t, b)
+}
+
 // finish takes protection down, in the order that why demands, and translates it.
-func (p *Primary) finish(ctx context.Context, why error) error {
-	var errs []error
+func (p *Primary) finish(connected context.Context, why error) error {
+	reason := why.Error()
+	lost := false // it is silent or gone: the guest goes on alone
 	switch {
-	case errors.Is(why, ErrTakenOver):
-		// Not one held frame may leave: the standby speaks for the guest now.
-		p.log.Error("the standby has taken over; ending this copy")
-		errs = append(errs, p.guest.Destroy(context.WithoutCancel(ctx)), p.guest.Close(), p.output.Close())
-		return errors.Join(append([]error{why}, errs...)...)
 	case errors.Is(why, errAsked):
-		p.tell(ctx, p.reason)
+		p.mu.Lock()
+		reason = p.reason
+		p.mu.Unlock()
 		why = nil
 	case errors.Is(why, ErrGuestGone):
-		p.tell(ctx, ErrGuestGone.Error())
+		reason = ErrGuestGone.Error()
 	case errors.Is(why, ErrStandbyLost):
-		// It is silent or gone: the guest goes on alone.
-	default: // ours: the helper, the plug
-		p.tell(ctx, why.Error())
+		lost = true
+	}
+	if !errors.Is(why, ErrTakenOver) && !lost {
+		if err := p.tell(connected, reason); errors.Is(err, ErrTakenOver) {
+			why = err // it came first
+		}
+	}
+	if errors.Is(why, ErrTakenOver) {
+		// Not one held frame may leave: the standby speaks for the guest now.
+		p.log.Error("the standby has taken over; ending this copy")
+		errs := []error{why, p.guest.Destroy(context.WithoutCancel(connected)), p.guest.Close(), p.output.Close()}
+		return errors.Join(errs...)
 	}
 	if d, err := p.output.Drops(); err == nil && d > 0 {
 		p.log.Error("the plug was too small and dropped frames", "frames", d)
 	}
-	errs = append(errs, p.output.Close(), p.guest.Close())
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(p.output.Close(), p.guest.Close()); err != nil {
 		p.log.Error("protection ended, but not everything could be put back", "err", err)
 		if why == nil {
 			return err
 		}
 	}
 	return why
-}
-
-// tell ends protection at the standby and waits until it has confirmed: only then
-// may held output go, since before that it might still take over. A standby that
-// does not answer is waited for as long as silence is borne.
-func (p *Primary) tell(ctx context.Context, reason string) {
-	if err := p.link.send(wire.TypeEnd, 0, []byte(reason)); err != nil {
-		return
-	}
-	t := time.NewTimer(max(p.cfg.Heartbeat.Timeout, 5*time.Second))
-	defer t.Stop()
-	select {
-	case <-p.ended:
-	case <-ctx.Done():
-	case <-t.C:
-		p.log.Warn("the standby did not confirm the end of protection")
-	}
 }

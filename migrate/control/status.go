@@ -13,6 +13,8 @@ const (
 // Phase is where a protection stands, seen from one side.
 //
 //	primary:  starting ──► copying ──► protected ──► ending ──► ended
+//	                                     ▲   ▼
+//	                                     alone
 //	standby:  starting ──► waiting ──► copying ──► ready ──► ended
 //	                                                └──► taking-over ──► active
 //
@@ -24,6 +26,7 @@ const (
 	Waiting    Phase = "waiting"     // standby: listening for its primary
 	Copying    Phase = "copying"     // the first whole copy is under way; not protected yet
 	Protected  Phase = "protected"   // primary: the standby has at least one epoch
+	Alone      Phase = "alone"       // primary: the standby is silent and looked for; not protected
 	Ready      Phase = "ready"       // standby: has at least one epoch and could take over
 	TakingOver Phase = "taking-over" // standby: failover is under way
 	Active     Phase = "active"      // standby: took over, the guest runs here now
@@ -72,6 +75,9 @@ type Status struct {
 	ResumeLast  int64 `json:"resume_last_us"`
 
 	CommitLag int64 `json:"commit_lag_us"` // resumed to acknowledged, last epoch
+
+	Reconnects int64 `json:"reconnects"` // connections that replaced one that broke
+	Resyncs    int64 `json:"resyncs"`    // epochs that the standby refused and was sent again
 
 	Failover *Failover `json:"failover,omitempty"` // standby: what happened at take-over
 }

@@ -31,6 +31,7 @@ var (
 // Plug holds the output of one guest. Its methods are safe for concurrent use.
 //
 //	passing ─Seal→ holding, one sealed ─Release→ holding ─Seal→ …
+//	any ─Pass→ passing
 //	any ─Close→ closed (passing, everything removed)
 type Plug struct {
 	log  *slog.Logger
@@ -131,8 +132,37 @@ func (p *Plug) Release() error {
 	case p.sealed == none:
 		return ErrNotSealed
 	}
-	opening, closing := p.sealed, nextBand(p.fill)
+	opening := p.sealed
 	p.sealed = none
+	return p.openBand(opening)
+}
+
+// Pass lets out what is held, sealed or not, and all that comes, until the next
+// Seal. It is idempotent. If an interface is gone it does its work for the others
+// and returns ErrGone.
+func (p *Plug) Pass() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.closed:
+		return ErrClosed
+	case p.broken != nil:
+		return p.broken
+	}
+	var errs []error
+	if p.sealed != none { // first, so that nothing overtakes it
+		errs = append(errs, p.openBand(p.sealed))
+		p.sealed = none
+	}
+	if !p.open[p.fill] {
+		errs = append(errs, p.openBand(p.fill))
+	}
+	return errors.Join(errs...)
+}
+
+// openBand lets out a band, and shuts the one that is next to be filled.
+func (p *Plug) openBand(opening int) error {
+	closing := nextBand(p.fill)
 	var errs []error
 	for i, d := range p.devs {
 		err := p.releaseOne(d, opening, closing)

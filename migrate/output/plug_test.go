@@ -98,6 +98,41 @@ func TestEpochs(t *testing.T) {
 	}
 }
 
+// TestPass: what is held comes out, in order, and then everything, until epochs
+// begin anew. Repeated so often that each band is passed through.
+func TestPass(t *testing.T) {
+	lab(t)
+	g := newGuest(t, 0)
+	p := open(t, g.vif)
+	must(t, p.Pass()) // before the first Seal
+	for i := range 2 * numBands {
+		released := int(g.sent.Load())
+		g.send(3)
+		g.expect(released, released+3)
+		must(t, p.Seal())
+		must(t, p.Release())
+		g.send(3)
+		must(t, p.Seal())
+		g.send(3)
+		out := released + 3
+		if i%3 == 0 {
+			must(t, p.Release())
+			g.expect(out, out+3)
+			out += 3
+		} else {
+			g.expect(0, 0)
+		}
+		for range 2 {
+			must(t, p.Pass())
+		}
+		g.send(3)
+		g.expect(out, released+12)
+		if err := p.Release(); !errors.Is(err, ErrNotSealed) {
+			t.Fatalf("release after pass: %v", err)
+		}
+	}
+}
+
 // TestTraffic: opening, checkpointing and closing under traffic lose nothing,
 // duplicate nothing and keep the order.
 func TestTraffic(t *testing.T) {

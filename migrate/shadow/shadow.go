@@ -5,6 +5,7 @@
 package shadow
 
 import (
+	"bytes"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -18,6 +19,8 @@ import (
 	libvirt "github.com/digitalocean/go-libvirt"
 	"github.com/digitalocean/go-libvirt/socket/dialers"
 
+	"kemari/migrate"
+	"kemari/migrate/page"
 	"kemari/migrate/xen"
 )
 
@@ -30,47 +33,37 @@ type Config struct {
 	Mark        string // file that tells Cleanup what a killed process left
 	Socket      string // libvirtd's; "" for the usual one
 	URI         string // "" for xen:///system
+	// Memory opens the memory of the domain that is being restored, once it exists.
+	// Nil, or an error: every page goes through the stream, and a second copy of the
+	// guest is kept here.
+	Memory func(ctx context.Context) (Memory, error)
 }
 
-// feedTimeout bounds one write into libvirt's restore: it only copies memory.
-const feedTimeout = 30 * time.Second
+// Limit is what every page of a guest of that size is below: memory below the
+// 4 GiB hole and above it, and Xen's special pages.
+func Limit(memoryKiB uint64) page.PFN { return page.PFN(memoryKiB/4 + 1<<20 + 1<<10) }
+
+// memoryTimeout bounds the time until the domain exists.
+const memoryTimeout = 10 * time.Second
 
 // Shadow is one incoming migration. See migrate.Shadow for who may call what.
 type Shadow struct {
 	cfg  Config
 	log  *slog.Logger
 	virt *libvirt.Libvirt
-	feed net.Conn
+	feed *feed
 
-	split    xen.Splitter
-	first    bool                      // the first epoch is being staged: its pages go straight in
-	pages    []byte                    // staged page records of later epochs
-	staged   map[xen.RecordType][]byte // tail of the epoch being staged
-	tail     map[xen.RecordType][]byte // tail of the last sealed epoch
-	unfed    bool                      // the sealed epoch's pages are still to be fed
-	limit    int                       // of pages, in bytes
-	maxPFN   uint64                    // exclusive
-	over     bool                      // TakeOver has begun
-	finished bool                      // libvirt's job on the domain has been ended
+	limit    page.PFN
+	asked    bool // for Memory
+	over     bool // TakeOver has begun
+	finished bool // libvirt's job on the domain has been ended
 }
-
-// tailRecords are what resumes the processors, in the order of the stream. The
-// last one of each wins, so they are kept back until failover.
-var tailRecords = []xen.RecordType{xen.RecordTSCInfo, xen.RecordHVMContext, xen.RecordHVMParams}
 
 // Open begins the incoming migration. From then on libvirt holds a job on the
 // domain, until TakeOver or Close.
 func Open(ctx context.Context, cfg Config, log *slog.Logger) (*Shadow, error) {
 	cfg = cfg.withDefaults()
-	s := &Shadow{
-		cfg: cfg, log: log, first: true,
-		staged: make(map[xen.RecordType][]byte), tail: make(map[xen.RecordType][]byte),
-		// A checkpoint has each page at most once; the rest is record headers.
-		limit: int(cfg.MemoryKiB)<<10/64*65 + 64<<20,
-		// Memory below the 4 GiB hole and above it, and Xen's special pages.
-		maxPFN: cfg.MemoryKiB/4 + 1<<20 + 1<<10,
-	}
-	s.split = xen.Splitter{Headers: s.headers, Record: s.record}
+	s := &Shadow{cfg: cfg, log: log, limit: Limit(cfg.MemoryKiB)}
 	if err := s.connect(); err != nil {
 		return nil, err
 	}
@@ -145,10 +138,12 @@ func (s *Shadow) prepare(ctx context.Context) error {
 		return fail(err)
 	}
 	var d net.Dialer
-	if s.feed, err = d.DialContext(ctx, "tcp", u.Host); err != nil {
+	conn, err := d.DialContext(ctx, "tcp", u.Host)
+	if err != nil {
 		return fail(err)
 	}
-	if err := s.write(xen.LibxlHeader()); err != nil {
+	s.feed = newFeed(conn, s.limit)
+	if err := s.feed.write(xen.LibxlHeader()); err != nil {
 		s.feed.Close()
 		return fail(err)
 	}
@@ -169,104 +164,73 @@ func cookie(cfg Config) ([]byte, error) {
 	return append(b, 0), err // a C string
 }
 
-func (s *Shadow) write(b []byte) error {
-	s.feed.SetWriteDeadline(time.Now().Add(feedTimeout))
-	if _, err := s.feed.Write(b); err != nil {
-		return fmt.Errorf("libvirt's incoming migration has ended (was libvirtd restarted?): %w", err)
+// Head implements migrate.Shadow.
+func (s *Shadow) Head(b []byte) error {
+	if err := xen.CheckHead(b); err != nil {
+		return err
 	}
-	return nil
+	return s.feed.write(b)
 }
 
-func (s *Shadow) headers(b []byte) error { return s.write(b) }
+// Check implements migrate.Shadow.
+func (s *Shadow) Check(state []byte) error { return xen.CheckState(state) }
 
-func (s *Shadow) record(r xen.Record) error {
-	switch r.Type {
-	case xen.RecordPageData:
-		if _, err := xen.CheckPageData(r.Body, s.maxPFN); err != nil {
-			return err
-		}
-		if s.first {
-			return s.write(r.Raw)
-		}
-		if len(s.pages)+len(r.Raw) > s.limit {
-			return fmt.Errorf("an epoch of more than %d bytes for a guest of %d KiB", s.limit, s.cfg.MemoryKiB)
-		}
-		s.pages = append(s.pages, r.Raw...)
-		return nil
-	case xen.RecordTSCInfo, xen.RecordHVMContext, xen.RecordHVMParams:
-		s.staged[r.Type] = append(s.staged[r.Type][:0], r.Raw...)
-		return nil
-	case xen.RecordCPUIDPolicy, xen.RecordMSRPolicy, xen.RecordStaticDataEnd:
-		if !s.first {
-			return fmt.Errorf("%w: static record %#x in a later epoch", xen.ErrStream, uint32(r.Type))
-		}
-		return s.write(r.Raw)
-	default:
-		return fmt.Errorf("%w: record of type %#x", xen.ErrStream, uint32(r.Type))
+// Base implements migrate.Shadow.
+func (s *Shadow) Base(pfn page.PFN, dst []byte) error {
+	if pfn >= s.limit {
+		return fmt.Errorf("page %v is outside the guest", pfn)
 	}
-}
-
-// Stage implements migrate.Shadow. The first epoch's pages are fed at once: until
-// it is sealed there is nothing to take over from anyway.
-func (s *Shadow) Stage(p []byte) error {
-	if s.unfed || s.over {
-		return errors.New("staged before the last epoch was applied")
-	}
-	return s.split.Push(p)
-}
-
-// Seal implements migrate.Shadow.
-func (s *Shadow) Seal() error {
-	if s.split.Partial() {
-		return fmt.Errorf("%w: cut in the middle of a record", xen.ErrStream)
-	}
-	for _, t := range tailRecords[1:] { // TSC_INFO is not sent for every guest
-		if len(s.staged[t]) == 0 {
-			return fmt.Errorf("%w: record %#x is missing", xen.ErrStream, uint32(t))
-		}
-	}
-	s.staged, s.tail = s.tail, s.staged
-	for t := range s.staged {
-		s.staged[t] = s.staged[t][:0]
-	}
-	s.first, s.unfed = false, true
-	return nil
+	return s.feed.read(pfn, dst)
 }
 
 // Apply implements migrate.Shadow.
-func (s *Shadow) Apply() error {
-	if !s.unfed {
-		return nil
+func (s *Shadow) Apply(p *migrate.Pages) error {
+	if s.over {
+		return errors.New("it has been let run")
 	}
-	s.unfed = false
-	if len(s.pages) == 0 {
-		return nil
+	for _, pfn := range p.PFNs {
+		if pfn >= s.limit {
+			return fmt.Errorf("page %v is outside the guest", pfn)
+		}
 	}
-	err := s.write(s.pages)
-	s.pages = s.pages[:0]
-	return err
+	if !s.asked {
+		s.asked = true
+		s.open()
+	}
+	return s.feed.apply(p)
+}
+
+// open opens the domain's memory. By then libxl has begun to restore it.
+func (s *Shadow) open() {
+	if s.cfg.Memory == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), memoryTimeout)
+	defer cancel()
+	mem, err := s.cfg.Memory(ctx)
+	if err != nil {
+		s.log.Warn("the copy's memory cannot be reached; a second one is kept", "err", err)
+		return
+	}
+	s.feed.use(mem)
 }
 
 // TakeOver implements migrate.Shadow: processor state, end of stream, Finish3.
-func (s *Shadow) TakeOver(ctx context.Context) error {
-	if s.first {
-		return errors.New("nothing committed to take over from")
+func (s *Shadow) TakeOver(ctx context.Context, state []byte) error {
+	if err := xen.CheckState(state); err != nil {
+		return err
 	}
 	s.over = true
-	if s.unfed {
-		if err := s.Apply(); err != nil {
-			return err
-		}
-	}
-	var b []byte
-	for _, t := range tailRecords {
-		b = append(b, s.tail[t]...)
-	}
 	if err := s.mark(markTakingOver); err != nil {
 		return err
 	}
-	if err := s.write(append(b, xen.End()...)); err != nil {
+	if err := s.feed.write(append(bytes.Clone(state), xen.End()...)); err != nil {
 		return err
+	}
+	if mem := s.feed.mem; mem != nil {
+		if err := mem.Close(); err != nil { // it would keep the guest's memory from being freed
+			s.log.Warn("the copy's memory stays mapped", "err", err)
+		}
 	}
 	return s.finish(ctx, false)
 }
@@ -296,7 +260,7 @@ func (s *Shadow) finish(ctx context.Context, cancel bool) error {
 // Close implements migrate.Shadow. Ending the stream early makes libxl destroy the
 // half-restored domain.
 func (s *Shadow) Close() error {
-	s.feed.Close()
+	s.feed.Close() // its memory first: what is mapped is not freed
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	err := s.finish(ctx, true)

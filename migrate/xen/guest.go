@@ -26,8 +26,8 @@ var (
 	ErrNoLogDirty = errors.New("log-dirty mode is refused by Xen; only PVH and HVM guests can be protected")
 )
 
-// Guest is a running domain, checkpointed by a kemari-xcsave process. It
-// implements migrate.Guest.
+// Guest is a running domain, checkpointed by a kemari-xcsave process. Its
+// checkpoints come as a stream; see Helper for them as the engine has them.
 type Guest struct {
 	cmd      *exec.Cmd
 	commands io.WriteCloser
@@ -147,7 +147,16 @@ func (g *Guest) capture() error {
 	return nil
 }
 
-// Checkpoint implements migrate.Guest. The helper begins the first one by itself.
+// Checkpoint takes one: it suspends the guest, calls seal while the guest stands,
+// captures what changed since the last one (at the first: everything, most of it
+// while the guest still runs), and resumes it. What it captured goes to send, in
+// order and in whole headers or records; all but the first checkpoint's live part
+// is sent after the guest has been resumed. A piece is valid until send returns.
+//
+// It blocks until all is sent. An error from seal or send, or ctx ending, ends it
+// with that error; the guest then runs, and no further Checkpoint may be asked for.
+// It returns migrate.ErrGuestGone if the guest ended. The helper begins the first
+// one by itself.
 func (g *Guest) Checkpoint(ctx context.Context, seal func() error, send func([]byte) error) (cp migrate.Checkpoint, err error) {
 	g.send, g.pages, g.hold = send, 0, g.hold[:0]
 	g.standing.Store(false)
@@ -242,12 +251,12 @@ func (g *Guest) event(ctx context.Context, captured chan error) (string, error) 
 	}
 }
 
-// Destroy implements migrate.Guest.
+// Destroy ends the domain through whoever manages it.
 func (g *Guest) Destroy(ctx context.Context) error {
 	return g.destroy(ctx)
 }
 
-// Close implements migrate.Guest: the helper, told to stop, leaves the guest
+// Close: the helper, told to stop, leaves the guest
 // running and log-dirty off.
 func (g *Guest) Close() error {
 	var err error

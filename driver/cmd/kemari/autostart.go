@@ -71,7 +71,7 @@ func (h *host) autostartOnce(ctx context.Context, log *slog.Logger, connect, uui
 		return nil
 	}
 	switch s := h.look(dom.UUID); s.Phase {
-	case control.Starting, control.Copying, control.Protected:
+	case control.Starting, control.Copying, control.Protected, control.Alone:
 		log.Info("protected already", "name", dom.Name, "phase", s.Phase)
 		return nil
 	}

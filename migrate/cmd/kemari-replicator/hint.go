@@ -14,7 +14,7 @@ func hint(err error) string {
 		return "the guest runs on the standby's host; this host's copy was destroyed"
 	case errors.Is(err, migrate.ErrGuestGone):
 		return ""
-	case errors.Is(err, migrate.ErrStandbyLost):
+	case errors.Is(err, migrate.ErrStandbyLost), errors.Is(err, migrate.ErrRefused):
 		return "the guest runs on, unprotected; see the standby's journal (kemari-standby@), then protect it again with virsh migrate --kemari"
 	case errors.Is(err, migrate.ErrPrimaryLost):
 		return "see the primary's journal (kemari-replicator@)"

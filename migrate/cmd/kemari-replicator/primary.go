@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sort"
 	"sync"
+	"syscall"
 	"time"
 
 	libvirt "github.com/digitalocean/go-libvirt"
@@ -105,32 +106,31 @@ func (e *env) primary(ctx context.Context, uuid string) error {
 		if err := systemd.Ready(); err != nil {
 			log.Warn("not told systemd", "err", err)
 		}
-		conn, err := dial(ctx, cfg)
+		dial, hangUp, err := dialer(ctx, cfg)
 		if err != nil {
 			return err
 		}
+		defer hangUp()
 		vifs, err := interfacesOf(cfg.DomID)
 		if err != nil {
-			conn.Close()
 			return err
 		}
 		plug, err := output.Open(ctx, log, vifs)
 		if err != nil {
-			conn.Close()
 			return fmt.Errorf("hold the guest's output: %w", err)
 		}
 		defer plug.Close()
 		destroy := func(ctx context.Context) error { return e.destroy(ctx, id, paths, log) }
-		guest, err := xen.StartGuest(e.helper, cfg.DomID, filepath.Join(paths.Dir, "mark"), destroy, log)
+		guest, err := e.openGuest(cfg.DomID, filepath.Join(paths.Dir, "mark"), destroy, log)
 		if err != nil {
-			conn.Close()
 			return err
 		}
 		p := migrate.NewPrimary(migrate.PrimaryConfig{
 			UUID: id, MemoryKiB: cfg.MemoryKiB, Generation: wire.Generation(cfg.Generation),
-			Trigger: migrate.Trigger(cfg.Trigger), Min: cfg.CheckpointMin, Max: cfg.CheckpointMax,
+			Policy:    migrate.Policy{Trigger: migrate.Trigger(cfg.Trigger), Min: cfg.CheckpointMin, Max: cfg.CheckpointMax},
 			Heartbeat: migrate.Heartbeat{Interval: cfg.Heartbeat.Interval, Timeout: cfg.Heartbeat.Timeout},
-		}, conn, guest, plug, log)
+			Automatic: cfg.Arbiter.Automatic, Rejoin: rejoin, CachePages: cachePages,
+		}, dial, guest, plug, log)
 		mu.Lock()
 		engine = p
 		mu.Unlock()
@@ -144,7 +144,13 @@ func (e *env) primary(ctx context.Context, uuid string) error {
 }
 
 func primaryStats(s *control.Status, st migrate.PrimaryStats) {
-	if st.Protected && s.Phase == control.Copying {
+	switch {
+	case s.Phase != control.Copying:
+	case st.Alone:
+		s.Phase = control.Alone
+		s.Error = "the standby is silent; the guest runs on, unprotected, until it is back"
+		s.Hint = "look after the standby's host, or end protection with virsh domjobabort " + s.Domain
+	case st.Protected:
 		s.Phase = control.Protected
 	}
 	s.CopyBytes, s.Bytes, s.BytesLast = st.CopyBytes, st.Bytes, st.LastBytes
@@ -152,6 +158,53 @@ func primaryStats(s *control.Status, st migrate.PrimaryStats) {
 	s.PauseLast, s.PauseMax, s.PauseSum = st.Last.Pause().Microseconds(), st.PauseMax.Microseconds(), st.PauseSum.Microseconds()
 	s.SuspendLast, s.CopyLast, s.ResumeLast = st.Last.Suspend.Microseconds(), st.Last.Copy.Microseconds(), st.Last.Resume.Microseconds()
 	s.CommitLag = st.Lag.Microseconds()
+	s.Reconnects, s.Resyncs = st.Reconnects, st.Resyncs
+}
+
+// openGuest opens the guest to be checkpointed.
+func (e *env) openGuest(domid uint32, mark string, destroy func(context.Context) error, log *slog.Logger) (migrate.Guest, error) {
+	g, err := xen.StartGuest(e.helper, domid, mark, destroy, log)
+	if err != nil {
+		return nil, err
+	}
+	return xen.NewHelper(g), nil
+}
+
+// rejoin is how long a silent standby is looked for that may not take over by
+// itself, while the guest goes on alone.
+const rejoin = 10 * time.Minute
+
+// cachePages is how many pages are kept of what the standby has: 32 MiB.
+const cachePages = 8192
+
+// dialer makes the first connection, so that one that cannot be made is noticed
+// before anything is touched, and returns what makes it and the further ones. The
+// first one is closed by hangUp if nobody has asked for it.
+func dialer(ctx context.Context, cfg control.PrimaryConfig) (_ migrate.Dial, hangUp func(), err error) {
+	first, err := dial(ctx, cfg)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", migrate.ErrStandbyLost, err)
+	}
+	firsts := make(chan net.Conn, 1)
+	firsts <- first
+	return func(ctx context.Context) (net.Conn, error) {
+			select {
+			case c := <-firsts:
+				return c, nil
+			default:
+			}
+			c, err := dial(ctx, cfg)
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				err = fmt.Errorf("%w: its process is gone: %w", migrate.ErrStandbyLost, err)
+			}
+			return c, err
+		}, func() {
+			select {
+			case c := <-firsts:
+				c.Close()
+			default:
+			}
+		}, nil
 }
 
 func dial(ctx context.Context, cfg control.PrimaryConfig) (net.Conn, error) {
@@ -169,7 +222,7 @@ func dial(ctx context.Context, cfg control.PrimaryConfig) (net.Conn, error) {
 			return t, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: connect to %s: %w", migrate.ErrStandbyLost, cfg.StandbyAddr, err)
+	return nil, fmt.Errorf("connect to %s: %w", cfg.StandbyAddr, err)
 }
 
 // interfacesOf lists the guest's interfaces in dom0.

@@ -96,21 +96,37 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 		if err := systemd.Ready(); err != nil {
 			log.Warn("not told systemd", "err", err)
 		}
-		conn, err := accept(ctx, l, cfg)
+		conns, stop, err := accepting(l, cfg)
 		if err != nil {
 			return err
 		}
-		l.Close() // one primary, one connection
+		defer stop()
+		first, err := awaitPrimary(ctx, conns)
+		if err != nil {
+			return err
+		}
 		sh, err := shadow.Open(ctx, shadowConfig(e, paths, cfg), log)
 		if err != nil {
-			conn.Close()
+			first.Close()
 			return err
 		}
+		accept := func(ctx context.Context) (net.Conn, error) {
+			if c := first; c != nil {
+				first = nil
+				return c, nil
+			}
+			select {
+			case c := <-conns:
+				return c, nil
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		}
 		sb := migrate.NewStandby(migrate.StandbyConfig{
-			UUID: id, MemoryKiB: cfg.MemoryKiB, Generation: wire.Generation(cfg.Generation),
+			UUID: id, MemoryKiB: cfg.MemoryKiB, Limit: shadow.Limit(cfg.MemoryKiB), Generation: wire.Generation(cfg.Generation),
 			Heartbeat: migrate.Heartbeat{Interval: cfg.Heartbeat.Interval, Timeout: cfg.Heartbeat.Timeout},
 			Automatic: cfg.Arbiter.Automatic,
-		}, conn, sh, log)
+		}, accept, sh, log)
 		mu.Lock()
 		engine = sb
 		mu.Unlock()
@@ -153,6 +169,7 @@ func standbyStats(s *control.Status, st migrate.StandbyStats) {
 		s.Phase = control.Active
 	}
 	s.CopyBytes, s.Bytes, s.BytesLast, s.Epoch = st.CopyBytes, st.Bytes, st.LastBytes, uint64(st.Epoch)
+	s.PagesLast, s.Reconnects, s.Resyncs = st.LastPages, st.Reconnects, st.Refused
 	if st.Silent {
 		s.Error = "the primary is silent"
 		s.Hint = "make sure that the primary's host is off, then: kemari failover " + s.Domain
@@ -175,20 +192,18 @@ func listen() (net.Listener, error) {
 	return nil, fmt.Errorf("no free port from %d to %d: %w", firstPort, lastPort, last)
 }
 
-// accept waits for the one peer with the right certificate. Whoever else connects
-// is dropped, one after the other, and can only hold up the time-out.
-func accept(ctx context.Context, l net.Listener, cfg control.StandbyConfig) (net.Conn, error) {
+// accepting accepts connections of the one peer with the right certificate until
+// stop is called. Whoever else connects is dropped, and can only hold up the
+// time-out.
+func accepting(l net.Listener, cfg control.StandbyConfig) (_ <-chan net.Conn, stop func(), err error) {
 	tc, err := cfg.Identity.TLS(cfg.PeerFingerprint)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, connectTimeout,
-		fmt.Errorf("%w: it did not connect within %v; does a firewall on this host close TCP %d to %d?", migrate.ErrPrimaryLost, connectTimeout, firstPort, lastPort))
-	defer cancel()
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
+	ctx, cancel := context.WithCancel(context.Background())
 	good := make(chan net.Conn)
-	go func() {
+	var wg sync.WaitGroup
+	wg.Go(func() {
 		slots := make(chan struct{}, 16) // handshakes at a time
 		for {
 			c, err := l.Accept()
@@ -196,7 +211,7 @@ func accept(ctx context.Context, l net.Listener, cfg control.StandbyConfig) (net
 				return
 			}
 			slots <- struct{}{}
-			go func() {
+			wg.Go(func() {
 				defer func() { <-slots }()
 				hctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 				defer cancel()
@@ -209,14 +224,23 @@ func accept(ctx context.Context, l net.Listener, cfg control.StandbyConfig) (net
 				case <-ctx.Done():
 					c.Close()
 				}
-			}()
+			})
 		}
-	}()
+	})
+	return good, func() { cancel(); l.Close(); wg.Wait() }, nil
+}
+
+// awaitPrimary waits for the first connection.
+func awaitPrimary(ctx context.Context, conns <-chan net.Conn) (net.Conn, error) {
+	t := time.NewTimer(connectTimeout)
+	defer t.Stop()
 	select {
-	case c := <-good:
+	case c := <-conns:
 		return c, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
+	case <-t.C:
+		return nil, fmt.Errorf("%w: it did not connect within %v; does a firewall on this host close TCP %d to %d?", migrate.ErrPrimaryLost, connectTimeout, firstPort, lastPort)
 	}
 }
 

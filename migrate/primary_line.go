@@ -1,0 +1,278 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"kemari/migrate/wire"
+)
+
+// primaryLine is one connection to the standby, of one or several that a
+// protection has one after the other.
+type primaryLine struct {
+	*link
+	committed wire.Epoch      // the last one the standby had when the connection began
+	acks      chan wire.Epoch // at most one is under way
+	refused   chan string     // reasons; at most one is under way
+	done      chan struct{}   // closed when the connection is not used any more
+	err       error           // why not; valid then
+}
+
+// patience is how long silence is borne.
+func (p *Primary) patience() time.Duration {
+	if p.Stats().Epoch > 0 {
+		return p.cfg.Heartbeat.Timeout
+	}
+	return max(p.cfg.Heartbeat.Timeout, setupTimeout)
+}
+
+// keep keeps a connection to the standby until ctx ends or it is known that there
+// will be none. Only with the first copy whole can another one take its place.
+func (p *Primary) keep(ctx context.Context) {
+	defer close(p.kept)
+	const first = 5 * time.Millisecond
+	pause := first
+	for n := 0; ; {
+		began := time.Now()
+		l, err := p.connect(ctx)
+		if err == nil {
+			if n++; n > 1 {
+				p.log.Warn("connected to the standby again", "committed", uint64(l.committed))
+			}
+			p.change(func() {
+				p.line = l
+				p.stats.Reconnects = int64(n - 1)
+			})
+			l.err = p.serve(ctx, l)
+			p.change(func() { p.line = nil }) // before done, so that await does not return it
+			close(l.done)
+			err = l.err
+			if time.Since(began) > p.cfg.Heartbeat.Timeout {
+				pause = first
+			}
+		}
+		if ctx.Err() != nil {
+			p.fate = context.Cause(ctx)
+			return
+		}
+		if errors.Is(err, errLine) && p.Stats().Epoch == 0 {
+			err = fmt.Errorf("%w: %w", ErrStandbyLost, err)
+		}
+		if !errors.Is(err, errLine) || errors.Is(err, ErrStandbyLost) || errors.Is(err, ErrTakenOver) {
+			p.fate = err
+			p.cancel(err)
+			return
+		}
+		p.log.Warn("no connection to the standby; trying again", "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, max(p.cfg.Heartbeat.Interval, first))
+	}
+}
+
+// connect dials and shakes hands. Its error is errLine where another try may
+// succeed.
+func (p *Primary) connect(ctx context.Context) (*primaryLine, error) {
+	deadline := time.Now().Add(p.patience())
+	if p.Stats().Alone {
+		deadline = time.Now().Add(setupTimeout)
+	}
+	dctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	conn, err := p.dial(dctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errLine, err)
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	l := &primaryLine{
+		link: newLink(conn, p.cfg.Generation, &p.life),
+		acks: make(chan wire.Epoch, 1), refused: make(chan string, 1), done: make(chan struct{}),
+	}
+	if err := p.greet(l, deadline); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (p *Primary) greet(l *primaryLine, deadline time.Time) error {
+	committed := p.Stats().Epoch
+	hello := wire.Hello{
+		Lowest: wire.Version, Highest: wire.Version, UUID: p.cfg.UUID, MemoryKiB: p.cfg.MemoryKiB,
+		Session: p.session, Committed: committed,
+	}
+	if err := l.conn.SetWriteDeadline(deadline); err != nil {
+		return fmt.Errorf("%w: %w", errLine, err)
+	}
+	if err := l.send(wire.TypeHello, 0, hello.Append(nil)); err != nil {
+		return fmt.Errorf("%w: %w", errLine, err)
+	}
+	f, err := l.handshake(deadline, wire.TypeWelcome)
+	switch {
+	case errors.Is(err, ErrTakenOver):
+		return p.takenOver(l)
+	case errors.Is(err, ErrEnded), errors.Is(err, wire.ErrVersion):
+		return fmt.Errorf("%w: %w", ErrStandbyLost, err)
+	case err != nil:
+		return fmt.Errorf("%w: %w", errLine, err)
+	}
+	w, err := wire.ParseWelcome(f.Payload)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrStandbyLost, err)
+	}
+	if w.Committed < committed || w.Committed > wire.Epoch(p.sending.Load()) {
+		return fmt.Errorf("%w: it has epoch %d, where %d is committed and %d was sent last", ErrStandbyLost, w.Committed, committed, p.sending.Load())
+	}
+	l.committed = w.Committed
+	if err := l.conn.SetWriteDeadline(time.Time{}); err != nil {
+		return fmt.Errorf("%w: %w", errLine, err)
+	}
+	return nil
+}
+
+// serve receives on a connection until that ends, and says why.
+func (p *Primary) serve(ctx context.Context, l *primaryLine) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { l.conn.Close() })
+	defer stop()
+	wg.Go(func() { l.beat(ctx, p.cfg.Heartbeat.Interval) }) // whoever reads sees what is wrong
+	err := l.receive(func(f wire.Frame) error { return p.handle(l, f) })
+	l.conn.Close()
+	switch {
+	case errors.Is(err, ErrTakenOver), errors.Is(err, ErrStandbyLost):
+		return err
+	case closedByPeer(err):
+		return fmt.Errorf("%w: the standby closed it", errLine)
+	}
+	return fmt.Errorf("%w: %w", errLine, err)
+}
+
+func (p *Primary) handle(l *primaryLine, f wire.Frame) error {
+	switch f.Type {
+	case wire.TypeHeartbeat:
+		return nil
+	case wire.TypeAck:
+		select {
+		case l.acks <- f.Epoch:
+			return nil
+		default:
+			return fmt.Errorf("%w: acknowledgement of epoch %d comes twice", ErrStandbyLost, f.Epoch)
+		}
+	case wire.TypeResync:
+		reason := printable(f.Payload)
+		p.log.Warn("the standby refuses what it was sent", "epoch", uint64(f.Epoch), "reason", reason)
+		if f.Epoch == 0 { // it means the connection, and will close it
+			return nil
+		}
+		select {
+		case l.refused <- reason:
+		default: // it has said so already
+		}
+		return nil
+	case wire.TypeEnd:
+		return fmt.Errorf("%w: it ended protection: %s", ErrStandbyLost, printable(f.Payload))
+	case wire.TypeTakenOver:
+		return p.takenOver(l)
+	default:
+		return fmt.Errorf("%w: %v from a standby", wire.ErrFormat, f.Type)
+	}
+}
+
+// takenOver says that we know, so that the standby need not stay to tell us.
+func (p *Primary) takenOver(l *primaryLine) error {
+	l.conn.SetWriteDeadline(time.Now().Add(p.cfg.Heartbeat.Timeout))
+	l.send(wire.TypeEnd, 0, []byte(ErrTakenOver.Error()))
+	return ErrTakenOver
+}
+
+// watch decides what silence means.
+func (p *Primary) watch(ctx context.Context) {
+	for {
+		err := p.life.watch(ctx, p.cfg.Heartbeat.Interval, p.patience)
+		if err == nil {
+			return
+		}
+		err = fmt.Errorf("%w: %w for %v", ErrStandbyLost, err, p.life.silence().Round(time.Millisecond))
+		p.mu.Lock()
+		l := p.line
+		p.mu.Unlock()
+		if p.Stats().Epoch == 0 || p.cfg.Automatic || p.cfg.Rejoin == 0 {
+			p.cancel(err)
+			p.hangUp(l)
+			return
+		}
+		// Without it at once, or await would take it for one that is back.
+		p.change(func() { p.alone, p.line = true, nil })
+		p.hangUp(l)
+		if !p.rejoined(ctx) {
+			p.cancel(err)
+			return
+		}
+	}
+}
+
+// hangUp brings out whoever is stuck in a write.
+func (p *Primary) hangUp(l *primaryLine) {
+	if l != nil {
+		l.conn.Close()
+	}
+}
+
+// rejoined waits for the standby to be back.
+func (p *Primary) rejoined(ctx context.Context) bool {
+	t := time.NewTimer(p.cfg.Rejoin)
+	defer t.Stop()
+	for {
+		p.mu.Lock()
+		l, changed := p.line, p.changed
+		p.mu.Unlock()
+		if l != nil {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-t.C:
+			return false
+		case <-changed:
+		}
+	}
+}
+
+// tell ends protection at the standby and waits until it has confirmed: only then
+// may held output go, since before that it might still take over. A standby that
+// does not answer is waited for as long as silence is borne. It returns
+// ErrTakenOver if that is the answer.
+func (p *Primary) tell(ctx context.Context, reason string) error {
+	t := time.NewTimer(max(p.cfg.Heartbeat.Timeout, 5*time.Second))
+	defer t.Stop()
+	for {
+		p.mu.Lock()
+		l, changed := p.line, p.changed
+		p.mu.Unlock()
+		if l != nil {
+			// Heartbeats and a write that is stuck are ended by the watch, and so is this.
+			l.send(wire.TypeEnd, 0, []byte(reason))
+			changed = l.done
+		}
+		select {
+		case <-p.kept:
+			return p.fate
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+			p.log.Warn("the standby did not confirm the end of protection")
+			return nil
+		}
+	}
+}
