@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -19,6 +18,14 @@ var errSilent = errors.New("no sign of life")
 
 // errLine: this connection has ended, another one may go on.
 var errLine = errors.New("the connection broke")
+
+// lock is a sync.Mutex for what may block for long, on a peer or on libvirt: it is
+// made by newLock, and who waits for it is seen to wait by testing/synctest.
+type lock chan struct{}
+
+func newLock() lock    { return make(lock, 1) }
+func (l lock) Lock()   { l <- struct{}{} }
+func (l lock) Unlock() { <-l }
 
 // life is what one side knows of the other being alive, over all connections.
 type life struct {
@@ -63,12 +70,12 @@ type link struct {
 	life *life
 	r    *wire.Reader
 
-	mu  sync.Mutex // orders writers
+	mu  lock // orders writers
 	buf []byte
 }
 
 func newLink(conn net.Conn, gen wire.Generation, life *life) *link {
-	return &link{conn: conn, gen: gen, life: life, r: wire.NewReader(bufio.NewReaderSize(conn, 64<<10), gen)}
+	return &link{conn: conn, gen: gen, life: life, mu: newLock(), r: wire.NewReader(bufio.NewReaderSize(conn, 64<<10), gen)}
 }
 
 // send writes one small frame. It blocks as long as the peer's window is full;

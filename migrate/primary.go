@@ -243,7 +243,7 @@ func (p *Primary) copy(ctx context.Context, epoch wire.Epoch, head []byte) (bega
 		p.hangUp(l)
 		<-l.done
 		if err = l.err; errors.Is(err, errLine) {
-			err = fmt.Errorf("%w: %w", ErrStandbyLost, err)
+			err = fmt.Errorf("while all of the guest's memory was sent: %w", err)
 		}
 	}
 	return began, err
@@ -560,7 +560,6 @@ func (w *epochWriter) flush(t wire.Type, b []byte) error {
 // finish takes protection down, in the order that why demands, and translates it.
 func (p *Primary) finish(connected context.Context, why error) error {
 	reason := why.Error()
-	lost := false // it is silent or gone: the guest goes on alone
 	switch {
 	case errors.Is(why, errAsked):
 		p.mu.Lock()
@@ -569,10 +568,9 @@ func (p *Primary) finish(connected context.Context, why error) error {
 		why = nil
 	case errors.Is(why, ErrGuestGone):
 		reason = ErrGuestGone.Error()
-	case errors.Is(why, ErrStandbyLost):
-		lost = true
 	}
-	if !errors.Is(why, ErrTakenOver) && !lost {
+	// One that is silent is not told: the guest goes on alone at once.
+	if !errors.Is(why, ErrTakenOver) && !errors.Is(why, errSilent) {
 		if err := p.tell(connected, reason); errors.Is(err, ErrTakenOver) {
 			why = err // it came first
 		}

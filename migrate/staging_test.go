@@ -22,8 +22,8 @@ func TestStaging(t *testing.T) {
 		for range rapid.IntRange(1, 3).Draw(t, "epochs") {
 			want := make(map[page.PFN]uint64)
 			var b [page.Size]byte
-			n := rapid.IntRange(0, 3*slabPages).Draw(t, "pages")
-			some := rapid.Uint64Range(1, 2*slabPages).Draw(t, "of")
+			n := rapid.IntRange(0, 2*slabPages).Draw(t, "pages")
+			some := rapid.Uint64Range(1, slabPages).Draw(t, "of")
 			for i := range n {
 				pfn := page.PFN(uint64(i) * 2654435761 % some)
 				binary.BigEndian.PutUint64(b[:], uint64(i))
@@ -128,8 +128,7 @@ func (f fixed) Close() error                           { return nil }
 // An epoch that names pages many times is held in bounded memory, and one of more
 // pages than the guest can have is refused.
 func TestStandbyBound(t *testing.T) {
-	const memory = 1 << 20 // KiB
-	s := NewStandby(StandbyConfig{MemoryKiB: 64, Limit: memory / 4}, nil, fixed{}, nil)
+	s := NewStandby(StandbyConfig{MemoryKiB: 64, Limit: 1 << 20}, nil, fixed{}, nil)
 	most := 64/4 + slack
 	enc := page.NewEncoder(0)
 	one := func(pfn int) error { return s.pages(enc.Append(nil, page.PFN(pfn), make([]byte, page.Size)), false) }
@@ -142,7 +141,7 @@ func TestStandbyBound(t *testing.T) {
 		t.Errorf("%d pages are staged", s.staged.pages)
 	}
 	var err error
-	for i := 0; i < memory/4 && err == nil; i++ {
+	for i := 0; i < 2*most && err == nil; i++ {
 		err = one(i)
 	}
 	if err == nil {

@@ -87,7 +87,7 @@ type Standby struct {
 
 	// step orders what touches the shadow and what follows: frames being handled,
 	// connections coming and going, and taking over.
-	step      sync.Mutex
+	step      lock
 	line      *standbyLine // the one that counts, or nil
 	session   wire.Session // of the first Hello
 	head      bool         // has come
@@ -119,7 +119,7 @@ func NewStandby(cfg StandbyConfig, accept Accept, s Shadow, log *slog.Logger) *S
 	}
 	return &Standby{
 		cfg: cfg, accept: accept, shadow: s, log: log, next: 1,
-		life:     life{born: time.Now()},
+		life: life{born: time.Now()}, step: newLock(),
 		dec:      page.NewDecoder(cfg.Limit, s.Base),
 		failover: make(chan string, 1),
 		end:      make(chan string, 1),

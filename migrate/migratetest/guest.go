@@ -5,7 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc64"
+	"hash/crc32"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -25,13 +25,13 @@ const (
 // Head is what a fake guest's Begin returns.
 const Head = "head of a fake guest"
 
-var crc = crc64.MakeTable(crc64.ECMA)
+var crc = crc32.MakeTable(crc32.Castagnoli) // for which processors have an instruction
 
 // State is a fake guest's processors: how far it has come, and what its memory
 // must be then.
 type State struct {
 	Count uint64 // pieces of work done, each of which it told the world
-	Sum   uint64 // of its memory
+	Sum   uint32 // of its memory
 }
 
 const stateMagic = "fake state"
@@ -39,23 +39,23 @@ const stateMagic = "fake state"
 // Append appends the state's encoding.
 func (s State) Append(b []byte) []byte {
 	b = append(b, stateMagic...)
-	return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(b, s.Count), s.Sum)
+	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(b, s.Count), s.Sum)
 }
 
 // ParseState decodes a State.
 func ParseState(b []byte) (s State, err error) {
-	if len(b) != len(stateMagic)+16 || string(b[:len(stateMagic)]) != stateMagic {
+	if len(b) != len(stateMagic)+12 || string(b[:len(stateMagic)]) != stateMagic {
 		return s, fmt.Errorf("no state of a fake guest: %q", b)
 	}
 	b = b[len(stateMagic):]
-	return State{binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])}, nil
+	return State{binary.BigEndian.Uint64(b), binary.BigEndian.Uint32(b[8:])}, nil
 }
 
 // sum is of all memory: of pages in ascending order.
-func sum(s uint64, pfn page.PFN, data []byte) uint64 {
+func sum(s uint32, pfn page.PFN, data []byte) uint32 {
 	var b [8]byte
 	binary.BigEndian.PutUint64(b[:], uint64(pfn))
-	return crc64.Update(crc64.Update(s, crc, b[:]), crc, data)
+	return crc32.Update(crc32.Update(s, crc, b[:]), crc, data)
 }
 
 // baton is a lock that is waited for as time passes in testing/synctest, which a
@@ -81,6 +81,7 @@ type Guest struct {
 	dirty     map[int]bool // by index
 	count     uint64
 	rounds    int
+	confused  Confusion
 	begun     bool
 	err       error
 	destroyed atomic.Bool
@@ -150,6 +151,31 @@ func (g *Guest) Fail(err error) {
 	g.run.take()
 	defer g.run.give()
 	g.err = err
+}
+
+// Confusion is what can become of the log of changed pages.
+type Confusion int
+
+const (
+	Clear  Confusion = iota
+	Before           // found out before the output is sealed
+	After            // and after
+)
+
+// Confuse makes the guest's next checkpoint fail, for the log of changed pages has
+// been lost.
+func (g *Guest) Confuse(c Confusion) {
+	g.run.take()
+	defer g.run.give()
+	g.confused = c
+}
+
+func (g *Guest) lost(at Confusion) error {
+	if g.confused != at {
+		return nil
+	}
+	g.confused, g.rounds = Clear, 0
+	return fmt.Errorf("a fake save: %w", migrate.ErrPagesUnknown)
 }
 
 // Destroyed and Closed tell what became of it.
@@ -227,10 +253,19 @@ func (g *Guest) Checkpoint(ctx context.Context, seal func() error, c *migrate.Ca
 		return g.err
 	}
 	g.Points.Hit("guest: suspended")
+	if err := g.lost(Before); err != nil {
+		return err
+	}
 	if err := seal(); err != nil {
 		return err
 	}
 	g.Points.Hit("guest: sealed")
+	if err := g.lost(After); err != nil {
+		return err
+	}
+	if g.rounds == 0 {
+		return errors.New("a checkpoint without all pages having been handed over")
+	}
 	c.Reset()
 	g.take(&c.Pages)
 	s := State{Count: g.count}

@@ -1,7 +1,7 @@
 package migratetest
 
 import (
-	"slices"
+	"maps"
 	"sync"
 )
 
@@ -44,14 +44,9 @@ func (p *Points) Hit(label string) {
 	}
 }
 
-// Labels returns all that have been come to.
-func (p *Points) Labels() []string {
+// Hits returns all labels that have been come to, and how often.
+func (p *Points) Hits() map[string]int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var l []string
-	for k := range p.hits {
-		l = append(l, k)
-	}
-	slices.Sort(l)
-	return l
+	return maps.Clone(p.hits)
 }

@@ -121,7 +121,7 @@ func (s *Shadow) Apply(p *migrate.Pages) error {
 }
 
 // Sum is of the copy's memory.
-func (s *Shadow) Sum() (x uint64) {
+func (s *Shadow) Sum() (x uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, pfn := range slices.Sorted(keys(s.mem)) {
