@@ -1,0 +1,218 @@
+package sys
+
+// Hypercalls, __HYPERVISOR_* of xen.h.
+const (
+	hypercallMemory    = 12
+	hypercallMulticall = 13
+	hypercallVersion   = 17
+	hypercallEvent     = 32
+	hypercallHVM       = 34
+	hypercallDomctl    = 36
+	hypercallDM        = 41
+)
+
+const (
+	memoryMaximumGPFN   = 14 // XENMEM_maximum_gpfn
+	versionVersion      = 0  // XENVER_version
+	versionExtraVersion = 1  // XENVER_extraversion
+	eventStatus         = 5  // EVTCHNOP_status
+	eventAllocUnbound   = 6  // EVTCHNOP_alloc_unbound
+	hvmGetParam         = 1  // HVMOP_get_param
+	dmModifiedMemory    = 11 // XEN_DMOP_modified_memory
+)
+
+// Operations on a domain, XEN_DOMCTL_* of domctl.h.
+const (
+	domctlGetInfo        = 5
+	domctlShadow         = 10
+	domctlSetVCPU        = 12
+	domctlGetVCPU        = 13
+	domctlResume         = 27
+	domctlSubscribe      = 29
+	domctlGetHVMContext  = 33
+	domctlGetTSCInfo     = 59
+	domctlGetPageTypes   = 61 // getpageframeinfo3
+	domctlGetCPUPolicy   = 82
+	shadowOff            = 0 // XEN_DOMCTL_SHADOW_OP_*
+	shadowEnableLogDirty = 2
+	shadowClean          = 11
+	shadowFinal          = 1 // mode: take pages Xen itself has mapped for dirty
+)
+
+// domctl is struct xen_domctl.
+type domctl struct {
+	cmd, version uint32
+	domain       uint16
+	_            [3]uint16
+	u            [16]uint64
+}
+
+// infoCtl is struct xen_domctl_getdomaininfo.
+type infoCtl struct {
+	domain          uint16
+	_               uint16
+	flags           uint32
+	totPages        uint64
+	maxPages        uint64
+	outstanding     uint64
+	shared          uint64
+	paged           uint64
+	sharedInfoFrame uint64
+	cpuTime         uint64
+	onlineVCPUs     uint32
+	maxVCPU         uint32
+	ssidref         uint32
+	handle          [16]byte
+	cpupool         uint32
+	gpaddrBits      uint8
+	_               [7]uint8
+	emulation       uint32 // arch_config.emulation_flags
+	_               uint32
+}
+
+// Flags of infoCtl, XEN_DOMINF_*.
+const (
+	infoDying    = 1 << 0
+	infoHVM      = 1 << 1
+	infoShutdown = 1 << 2
+	infoPaused   = 1 << 3
+	infoReason   = 16 // shift of the shutdown reason, a byte
+
+	emulationLAPIC = 1 // XEN_X86_EMU_LAPIC: all that a PVH guest is given
+)
+
+// shadowCtl is struct xen_domctl_shadow_op.
+type shadowCtl struct {
+	op, mode, mb uint32
+	_            uint32
+	bitmap       uint64
+	pages        uint64
+	faults       uint32
+	dirty        uint32
+}
+
+// bufferCtl is struct xen_domctl_hvmcontext, and xen_domctl_vcpucontext.
+type bufferCtl struct {
+	size   uint32 // or vcpu
+	_      uint32
+	buffer uint64
+}
+
+// typesCtl is struct xen_domctl_getpageframeinfo3.
+type typesCtl struct{ num, array uint64 }
+
+// tscCtl is struct xen_domctl_tsc_info.
+type tscCtl struct {
+	mode, khz, incarnation uint32
+	_                      uint32
+	nsec                   uint64
+}
+
+// policyCtl is struct xen_domctl_cpu_policy.
+type policyCtl struct {
+	leaves, msrs               uint32
+	leavesPtr, msrsPtr         uint64
+	errLeaf, errSubleaf, errMS uint32
+	_                          uint32
+}
+
+const (
+	leafSize = 24 // xen_cpuid_leaf_t
+	msrSize  = 16 // xen_msr_entry_t
+
+	vcpuContextSize = 5168 // vcpu_guest_context_t
+	vcpuContextRAX  = 600  // user_regs.rax within
+
+	typeMask   = 0xf << 28 // XEN_DOMCTL_PFINFO_LTAB_MASK
+	typeBroken = 0xd << 28 // and above: XALLOC, XTAB
+)
+
+// multicallEntry is struct multicall_entry.
+type multicallEntry struct {
+	op     uint64
+	result int64
+	args   [6]uint64
+}
+
+// hvmParam is struct xen_hvm_param.
+type hvmParam struct {
+	domain uint16
+	_      uint16
+	index  uint32
+	value  uint64
+}
+
+// dmOp is struct xen_dm_op with modified_memory, dmBuf xen_dm_op_buf, dmExtent
+// xen_dm_op_modified_memory_extent.
+type (
+	dmOp struct {
+		op, _           uint32
+		extents, opaque uint32
+		_               [2]uint64
+	}
+	dmBuf    struct{ ptr, size uint64 }
+	dmExtent struct {
+		n, _  uint32
+		first uint64
+	}
+)
+
+// allocUnbound is struct evtchn_alloc_unbound, evtchnStatus evtchn_status.
+type (
+	allocUnbound struct {
+		domain, remote uint16
+		port           uint32
+	}
+	evtchnStatus struct {
+		domain       uint16
+		_            uint16
+		port, status uint32
+		vcpu         uint32
+		remote       uint16 // of an unbound port
+		_            uint16
+		_            uint32
+	}
+)
+
+const evtchnUnbound = 1 // EVTCHNSTAT_unbound
+
+// Of the kernel: ioctls of privcmd and evtchn, with their structures.
+const (
+	ioctlHypercall       = 0x305000 // IOCTL_PRIVCMD_HYPERCALL
+	ioctlMapBatch        = 0x205004 // IOCTL_PRIVCMD_MMAPBATCH_V2
+	ioctlBindInterdomain = 0x084501 // IOCTL_EVTCHN_BIND_INTERDOMAIN
+)
+
+type (
+	privcmdHypercall struct {
+		op  uint64
+		arg [5]uint64
+	}
+	privcmdMapBatch struct {
+		num    uint32
+		domain uint16
+		_      uint16
+		addr   uint64
+		arr    uint64
+		err    uint64
+	}
+	bindInterdomain struct{ domain, port uint32 }
+)
+
+// Param is the index of an HVM parameter, HVM_PARAM_* of hvm/params.h.
+type Param uint32
+
+// Parameters the code names.
+const (
+	ParamCallbackIRQ    Param = 0
+	ParamConsolePFN     Param = 17
+	ParamPagingRingPFN  Param = 27
+	ParamMonitorRingPFN Param = 28
+	ParamSharingRingPFN Param = 29
+)
+
+// StreamParams are the parameters an HVM_PARAMS record has, in libxenguest's order:
+// store, ioreq, bufioreq, paging, monitor and sharing ring pfns, vm86 TSS, console
+// pfn, ACPI ports, viridian, identity page table, generation id, ioreq server pfn
+// and pages, x87 FIP width, MCA.
+var StreamParams = [...]Param{1, 5, 6, 27, 28, 29, 37, 17, 19, 9, 12, 34, 32, 33, 36, 38}
