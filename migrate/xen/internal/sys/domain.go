@@ -309,23 +309,18 @@ func (m *calls) ctl(cmd uint32) (*domctl, int) {
 	return op, m.add(hypercallDomctl, addr)
 }
 
-// clean reads and clears the bitmap; what marks the canary comes next. What Xen
-// itself writes to is included where the guest stands.
-func (m *calls) clean(canary uint64, mode uint32) (*shadowCtl, int) {
+// canary marks a page as changed.
+func (m *calls) canary(pfn uint64) {
 	d := m.d
-	op, n := m.ctl(domctlShadow)
-	s := payload[shadowCtl](op)
-	*s = shadowCtl{op: shadowClean, mode: mode, bitmap: d.bitmap.addr(), pages: d.limit}
 	dm, dmAddr := at[dmOp](d.args, argsDM)
 	*dm = dmOp{op: dmModifiedMemory, extents: 1}
 	ex, exAddr := at[dmExtent](d.args, argsExtent)
-	*ex = dmExtent{n: 1, first: canary}
+	*ex = dmExtent{n: 1, first: pfn}
 	b0, bufs := at[dmBuf](d.args, argsDMBufs)
 	*b0 = dmBuf{ptr: dmAddr, size: uint64(unsafe.Sizeof(*dm))}
 	b1, _ := at[dmBuf](d.args, argsDMBufs+16)
 	*b1 = dmBuf{ptr: exAddr, size: uint64(unsafe.Sizeof(*ex))}
 	m.add(hypercallDM, uint64(d.id), 2, bufs)
-	return s, n
 }
 
 // do makes the hypercalls, and returns the first one's error that has one.
@@ -345,14 +340,29 @@ func (m *calls) do(what string) error {
 	return nil
 }
 
+// clean reads and clears the bitmap. It is no part of a multicall: Xen interrupts it
+// where it takes long, and a multicall does not go on with it but begins it anew,
+// which is refused, with the guest left paused.
+func (d *Domain) clean(mode uint32) (dirty Dirty, err error) {
+	err = d.ctl("read the dirty bitmap", domctlShadow, func(op *domctl) {
+		*payload[shadowCtl](op) = shadowCtl{op: shadowClean, mode: mode, bitmap: d.bitmap.addr(), pages: d.limit}
+	}, func(op *domctl) {
+		dirty.Pages = payload[shadowCtl](op).dirty
+	})
+	return dirty, err
+}
+
 // Clean reads and clears the bitmap of a guest that runs, and at once marks the
 // page canary as changed: if it is not, the next time, then somebody else has
 // cleared the bitmap meanwhile, or ended the logging.
 func (d *Domain) Clean(canary uint64) (Dirty, error) {
+	dirty, err := d.clean(0)
+	if err != nil {
+		return Dirty{}, err
+	}
 	m := calls{d: d}
-	s, _ := m.clean(canary, 0)
-	err := m.do("read the dirty bitmap")
-	return Dirty{Pages: s.dirty}, err
+	m.canary(canary)
+	return dirty, m.do("mark a page as changed")
 }
 
 // State is of a guest that stands.
@@ -367,13 +377,18 @@ type State struct {
 	Params  [len(StreamParams)]uint64
 }
 
-// Stand reads all that a checkpoint needs of a guest that stands, in one hypercall:
-// the bitmap as Clean does, the processors' state, and what Resume needs.
+// Stand reads all that a checkpoint needs of a guest that stands, in two hypercalls:
+// the bitmap as Clean does, with what Xen itself has changed; and the processors'
+// state with what Resume needs.
 func (d *Domain) Stand(canary uint64, st *State) error {
+	dirty, err := d.clean(shadowFinal)
+	if err != nil {
+		return err
+	}
 	m := calls{d: d}
+	m.canary(canary)
 	op, _ := m.ctl(domctlGetInfo)
 	info := payload[infoCtl](op)
-	shadow, _ := m.clean(canary, shadowFinal)
 	op, _ = m.ctl(domctlGetTSCInfo)
 	tsc := payload[tscCtl](op)
 	op, _ = m.ctl(domctlGetHVMContext)
@@ -395,7 +410,7 @@ func (d *Domain) Stand(canary uint64, st *State) error {
 	if info.domain != d.id {
 		return fmt.Errorf("%w: %d", ErrNoDomain, d.id)
 	}
-	st.Info, st.Dirty = info.info(), Dirty{Pages: shadow.dirty}
+	st.Info, st.Dirty = info.info(), dirty
 	st.TSCMode, st.TSCkHz, st.TSCIncarnation, st.TSCNsec = tsc.mode, tsc.khz, tsc.incarnation, tsc.nsec
 	st.Context = d.state.mem[:min(int(hvm.size), len(d.state.mem))]
 	for i := range st.Params {
