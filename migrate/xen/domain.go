@@ -63,7 +63,7 @@ type port interface {
 // Domain is a running PVH guest that is checkpointed by hypercalls of our own. It
 // implements the engine's Guest. Its methods are called by one goroutine.
 //
-// While the guest stands, one hypercall reads and clears the bitmap and reads the
+// While the guest stands, one hypercall reads and clears the bitmap, one reads the
 // processors' state; the pages are copied from mappings that are kept; two hypercalls
 // resume it. The cost grows with the changed pages, and with 1 bit for each page of
 // the guest.
@@ -403,20 +403,36 @@ func (d *Domain) restart(ctx context.Context) error {
 	if !d.sings() {
 		return fmt.Errorf("page %#x cannot be marked as changed", d.canary)
 	}
-	d.unknown = d.unknown[:0]
-	for pfn := range limit {
-		if d.unknown = append(d.unknown, pfn); len(d.unknown) < sys.TypesBatch && pfn+1 < limit {
-			continue
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if err := d.look(func(p page.PFN) { d.pop.add(p) }); err != nil {
-			return err
-		}
+	if err := d.populate(ctx, limit, info.TotPages); err != nil {
+		return err
 	}
 	d.pop.rescan()
 	return nil
+}
+
+// populate finds out where the guest has memory. It may stop once it has found as many
+// pages as the guest has: so it begins with the special ones at the end, and goes up
+// from the bottom, and the hole between is not looked at.
+func (d *Domain) populate(ctx context.Context, limit, total uint64) error {
+	d.unknown = d.unknown[:0]
+	top := limit - min(limit, sys.TypesBatch)
+	for pfn := top; pfn < limit; pfn++ {
+		d.unknown = append(d.unknown, pfn)
+	}
+	for pfn := uint64(0); ; {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := d.look(d.pop.add); err != nil {
+			return err
+		}
+		if pfn >= top || uint64(d.pop.pages) >= total {
+			return nil
+		}
+		for end := min(top, pfn+sys.TypesBatch); pfn < end; pfn++ {
+			d.unknown = append(d.unknown, pfn)
+		}
+	}
 }
 
 // look asks of the pages in unknown which have memory, and empties it.

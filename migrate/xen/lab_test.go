@@ -93,13 +93,14 @@ func (s series) String() string {
 		return "none"
 	}
 	s = slices.Sorted(slices.Values(s))
-	us := func(i int) string { return fmt.Sprintf("%.2f", float64(s[i].Microseconds())/1000) }
+	us := func(i int) string { return fmt.Sprintf("%.3f", float64(s[i].Microseconds())/1000) }
 	return fmt.Sprintf("min %s median %s p90 %s max %s ms", us(0), us(len(s)/2), us(len(s)*9/10), us(len(s)-1))
 }
 
 func TestLabCheckpoints(t *testing.T) {
 	d := labOpen(t, labDomain(t))
-	t.Logf("Xen %v", d.xen.(*sys.Domain))
+	major, minor := d.version()
+	t.Logf("Xen %d.%d", major, minor)
 	if _, err := d.Begin(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -108,12 +109,27 @@ func TestLabCheckpoints(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("first round: %d pages below %#x in %v", n, d.xen.Limit(), time.Since(start))
+	t.Logf("first round: %d pages below %#x in %v; Xen counts %d", n, d.xen.Limit(), time.Since(start), d.total)
 	start = time.Now()
 	if n, err = d.Round(t.Context(), func(*Pages) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("second round: %d pages in %v", n, time.Since(start))
+	// What single hypercalls cost.
+	var info, clean series
+	for range 100 {
+		start := time.Now()
+		if _, err := d.xen.Info(); err != nil {
+			t.Fatal(err)
+		}
+		info = append(info, time.Since(start))
+		start = time.Now()
+		if _, err := d.xen.Clean(d.canary); err != nil {
+			t.Fatal(err)
+		}
+		clean = append(clean, time.Since(start))
+	}
+	t.Logf("information: %v; the bitmap of a running guest: %v", info, clean)
 	var c Capture
 	var suspend, copied, resume, bare series
 	var pages int
@@ -147,6 +163,52 @@ func TestLabCheckpoints(t *testing.T) {
 	t.Logf("%+v", d.Stats())
 	t.Logf("footprint after 20: %s", before)
 	t.Logf("footprint at the end: %s", footprint(t))
+}
+
+// TestLabParts says what of a checkpoint's copy costs what.
+func TestLabParts(t *testing.T) {
+	d := labOpen(t, labDomain(t))
+	if _, err := d.Begin(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Round(t.Context(), func(*Pages) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	var c Capture
+	c.reserve(4096)
+	var stand, dirty, state, first, second series
+	var st sys.State
+	for range rounds(50) {
+		info, err := d.susp.suspend(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		lap := func(s *series) {
+			*s = append(*s, time.Since(start))
+			start = time.Now()
+		}
+		d.ballooned(info)
+		err = d.xen.Stand(d.canary, &st)
+		lap(&stand)
+		c.State = appendState(c.State[:0], &st)
+		lap(&state)
+		c.PFNs, _ = d.dirty(c.PFNs[:0], st.Dirty, false)
+		lap(&dirty)
+		_, cerr := d.mem.copyOut(t.Context(), c.PFNs, c.Data[:cap(c.Data)])
+		lap(&first)
+		d.mem.copySome(c.PFNs, c.Data)
+		lap(&second)
+		if rerr := d.susp.resume(true); err != nil || cerr != nil || rerr != nil {
+			t.Fatal(err, cerr, rerr)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Logf("hypercalls %v", stand)
+	t.Logf("state records of %d bytes %v", len(c.State), state)
+	t.Logf("scan %v", dirty)
+	t.Logf("copy %v", first)
+	t.Logf("copy again %v", second)
 }
 
 func footprint(t *testing.T) string {
@@ -418,10 +480,12 @@ func TestLabOracle(t *testing.T) {
 		t.Errorf("state of %d bytes, theirs %d", len(c.State), len(state))
 	}
 	// The parameters, at the end, are the same at every checkpoint.
-	n := len(c.State) - 24 - 8
-	_ = n
-	if i := bytes.Index(state, binary.LittleEndian.AppendUint32(nil, uint32(RecordHVMParams))); i < 0 {
-		t.Error("no parameters")
+	params := func(b []byte) []byte {
+		h := binary.LittleEndian.AppendUint32(nil, uint32(RecordHVMParams))
+		return b[max(0, bytes.LastIndex(b, h)):]
+	}
+	if !bytes.Equal(params(c.State), params(state)) {
+		t.Errorf("parameters differ:\n%x\n%x", params(c.State), params(state))
 	}
 }
 
@@ -468,4 +532,19 @@ func TestLabRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("%d bytes", len(out))
+}
+
+// TestLabCleanup takes back what a killed process left, twice.
+func TestLabCleanup(t *testing.T) {
+	domid := labDomain(t)
+	mark := filepath.Join(t.TempDir(), "mark")
+	for range 2 {
+		if err := CleanupDomain(t.Context(), domid, mark); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := labOpen(t, domid)
+	if info, err := d.xen.Info(); err != nil || standingOf(info) != running {
+		t.Errorf("%+v, %v", info, err)
+	}
 }
