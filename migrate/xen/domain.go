@@ -553,7 +553,7 @@ func (d *Domain) Checkpoint(ctx context.Context, seal func() error, c *Capture) 
 		return ErrIncomplete
 	}
 	// Memory is had before the guest stands.
-	c.reserve(max(reservePages, 2*len(c.PFNs)))
+	reserve(c, max(reservePages, 2*len(c.PFNs)))
 	c.PFNs, c.Data, c.State = c.PFNs[:0], c.Data[:0], c.State[:0]
 	start := time.Now()
 	info, err := d.susp.suspend(ctx)
@@ -596,7 +596,7 @@ func (d *Domain) capture(ctx context.Context, info sys.Info, seal func() error, 
 	if c.PFNs, err = d.dirty(c.PFNs, st.Dirty, full); err != nil {
 		return true, err
 	}
-	c.reserve(len(c.PFNs))
+	reserve(c, len(c.PFNs))
 	n, err := d.mem.copyOut(ctx, c.PFNs, c.Data[:cap(c.Data)])
 	if err != nil {
 		return true, err
@@ -607,7 +607,7 @@ func (d *Domain) capture(ctx context.Context, info sys.Info, seal func() error, 
 }
 
 // reserve makes room for n pages, in memory that has been touched.
-func (c *Capture) reserve(n int) {
+func reserve(c *Capture, n int) {
 	if cap(c.PFNs) < n {
 		c.PFNs = append(make([]page.PFN, 0, n+n/4), c.PFNs...)
 	}

@@ -457,7 +457,7 @@ func TestNoAllocations(t *testing.T) {
 	f := newFixture(t, x, 64)
 	begin(t, f, replica{})
 	var c Capture
-	c.reserve(4096)
+	reserve(&c, 4096)
 	info, _ := x.Info()
 	dirtied := make([]page.PFN, 0, 100)
 	for p := range page.PFN(100) {

@@ -175,7 +175,7 @@ func TestLabParts(t *testing.T) {
 		t.Fatal(err)
 	}
 	var c Capture
-	c.reserve(4096)
+	reserve(&c, 4096)
 	var stand, dirty, state, first, second series
 	var st sys.State
 	for range rounds(50) {
@@ -244,7 +244,7 @@ func TestLabExact(t *testing.T) {
 	all := d.pop.pages
 	var c Capture
 	for i := range rounds(10) {
-		c.reserve(reservePages)
+		reserve(&c, reservePages)
 		c.PFNs, c.State = c.PFNs[:0], c.State[:0]
 		info, err := d.susp.suspend(t.Context())
 		if err != nil {
