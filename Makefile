@@ -87,7 +87,7 @@ TAKEOVER_UNITS := libvirtd virtxend xen xenstored xenconsoled
 install: build
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin bin/kemari
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/sbin bin/virtkemarid
-	install -D -m 755 -t $(LIBEXEC) bin/kemari-replicator bin/kemari-xcsave bin/vif-kemari systemd/units/post-install
+	install -D -m 755 -t $(LIBEXEC) bin/kemari-replicator bin/vif-kemari systemd/units/post-install
 	install -D -m 755 bin/kemari-hook $(DESTDIR)/etc/libvirt/hooks/libxl.d/kemari
 	install -d $(DESTDIR)$(PREFIX)/local/bin
 	ln -sf $(PREFIX)/bin/kemari $(DESTDIR)$(PREFIX)/local/bin/virsh

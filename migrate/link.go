@@ -69,6 +69,9 @@ type link struct {
 	gen  wire.Generation
 	life *life
 	r    *wire.Reader
+	// patience is how long the peer may take over a frame, each one anew; zero is for
+	// ever. A write that has run out of it is the last: TLS cannot go on after it.
+	patience time.Duration
 
 	mu  lock // orders writers
 	buf []byte
@@ -100,6 +103,11 @@ func (l *link) write(t wire.Type, b []byte) error {
 }
 
 func (l *link) writeLocked(t wire.Type, b []byte) error {
+	if l.patience > 0 {
+		if err := l.conn.SetWriteDeadline(time.Now().Add(l.patience)); err != nil {
+			return fmt.Errorf("%w: %w", errLine, err)
+		}
+	}
 	if _, err := l.conn.Write(b); err != nil {
 		return fmt.Errorf("%w: send %v: %w", errLine, t, err)
 	}
@@ -135,14 +143,17 @@ func closedByPeer(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// beat shows life until ctx ends or the connection does.
-func (l *link) beat(ctx context.Context, interval time.Duration) {
+// beat shows life until ctx ends, or the connection does, which is the error.
+func (l *link) beat(ctx context.Context, interval time.Duration) error {
 	t := time.NewTicker(interval)
 	defer t.Stop()
-	for l.send(wire.TypeHeartbeat, 0, nil) == nil {
+	for {
+		if err := l.send(wire.TypeHeartbeat, 0, nil); err != nil {
+			return err
+		}
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-t.C:
 		}
 	}

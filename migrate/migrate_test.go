@@ -118,6 +118,25 @@ func TestProtectAndEnd(t *testing.T) {
 	})
 }
 
+// TestSlowFirstCopy: while a copy takes long the standby goes on showing life.
+func TestSlowFirstCopy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := migratetest.NewPair(migratetest.Options{Automatic: true})
+		x.Points.At("shadow: apply", 1, func() { time.Sleep(time.Minute) })
+		x.Start(t)
+		time.Sleep(50 * time.Second)
+		if st := x.Primary.Stats(); st.Protected || st.Reconnects > 0 {
+			t.Errorf("while it is copied: %+v", st)
+		}
+		time.Sleep(15 * time.Second)
+		if st := x.Primary.Stats(); !st.Protected || st.Reconnects > 0 {
+			t.Errorf("after the copy: %+v", st)
+		}
+		x.Primary.End("enough")
+		ended(t, x, nil, nil)
+	})
+}
+
 func TestStandbyEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x := start(t, migratetest.Options{Automatic: true})

@@ -279,7 +279,7 @@ func (s *Standby) handle(l *standbyLine, f wire.Frame) error {
 		}
 		// It lives after all. It must know that its copy is no longer the guest. If that
 		// cannot be said, what it says may still be read.
-		l.tell(wire.TypeTakenOver, 0, nil)
+		l.send(wire.TypeTakenOver, 0, nil)
 		return nil
 	}
 	if s.dropped {
@@ -418,7 +418,7 @@ func (s *Standby) refuse(l *standbyLine, why error) error {
 	s.set(func(st *StandbyStats) { st.Refused++ })
 	s.restart()
 	s.refused = true
-	return l.tell(wire.TypeResync, s.next, reason(why))
+	return l.send(wire.TypeResync, s.next, reason(why))
 }
 
 func reason(err error) []byte {
@@ -440,7 +440,7 @@ func (s *Standby) commit(l *standbyLine) error {
 	})
 	s.next, s.got = epoch+1, wire.EpochEnd{}
 	// If it cannot be sent, the next connection begins with saying so.
-	sent := l.tell(wire.TypeAck, epoch, nil)
+	sent := l.send(wire.TypeAck, epoch, nil)
 	if err := s.apply(); err != nil {
 		return s.fail(fmt.Errorf("apply epoch %d: %w", epoch, err))
 	}
@@ -462,7 +462,7 @@ func (s *Standby) takeOver(ctx context.Context, reason string) error {
 	s.restart()
 	if l := s.line; l != nil {
 		// Best effort, and not waited for: a primary that lives ends its copy.
-		go l.tell(wire.TypeTakenOver, 0, nil)
+		go l.send(wire.TypeTakenOver, 0, nil)
 	}
 	if err := s.shadow.TakeOver(ctx, s.committed); err != nil {
 		s.shadow.Close()
@@ -503,7 +503,7 @@ func (s *Standby) drop(reason string) {
 	l := s.line
 	s.step.Unlock()
 	// After Close: the primary lets its output go on this frame.
-	if l == nil || l.tell(wire.TypeEnd, 0, []byte(reason)) != nil {
+	if l == nil || l.send(wire.TypeEnd, 0, []byte(reason)) != nil {
 		return
 	}
 	t := time.NewTimer(farewell)

@@ -15,17 +15,7 @@ import (
 // standbyLine is one connection from the primary.
 type standbyLine struct {
 	*link
-	patience time.Duration // for the peer to take a frame
-	gone     chan struct{} // closed when nothing more comes in
-}
-
-// tell sends one frame, and gives up on a peer that does not take it: frames of
-// ours are small, and whoever sends one holds up the standby.
-func (l *standbyLine) tell(t wire.Type, e wire.Epoch, payload []byte) error {
-	if err := l.conn.SetWriteDeadline(time.Now().Add(l.patience)); err != nil {
-		return fmt.Errorf("%w: %w", errLine, err)
-	}
-	return l.send(t, e, payload)
+	gone chan struct{} // closed when nothing more comes in
 }
 
 // maxGreeting bounds the connections that have not said yet who they are.
@@ -67,10 +57,9 @@ func (s *Standby) serve(ctx context.Context, conn net.Conn, greeted func()) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	l := &standbyLine{
-		link:     newLink(conn, s.cfg.Generation, &s.life),
-		patience: max(s.cfg.Heartbeat.Timeout, 2*time.Second), gone: make(chan struct{}),
-	}
+	l := &standbyLine{link: newLink(conn, s.cfg.Generation, &s.life), gone: make(chan struct{})}
+	// Our frames are small, and whoever sends one holds up the standby.
+	l.patience = max(s.cfg.Heartbeat.Timeout, 2*time.Second)
 	defer close(l.gone)
 	f, err := l.handshake(time.Now().Add(setupTimeout), wire.TypeHello)
 	greeted()
@@ -79,13 +68,19 @@ func (s *Standby) serve(ctx context.Context, conn net.Conn, greeted func()) {
 	}
 	if err != nil {
 		s.log.Warn("a connection was refused", "err", err)
-		l.tell(wire.TypeEnd, 0, reason(err))
+		l.send(wire.TypeEnd, 0, reason(err))
 		if s.Stats().State == Greeting {
 			s.fail(err)
 		}
 		return
 	}
-	wg.Go(func() { l.beat(ctx, s.cfg.Heartbeat.Interval) }) // whoever reads sees what is wrong
+	wg.Go(func() {
+		// The connection stays open for whoever reads: that the primary closes it is
+		// worth to know.
+		if err := l.beat(ctx, s.cfg.Heartbeat.Interval); err != nil && ctx.Err() == nil {
+			s.log.Warn("the primary takes no sign of life", "err", err)
+		}
+	})
 	err = l.receive(func(f wire.Frame) error {
 		s.step.Lock()
 		defer s.step.Unlock()
@@ -122,7 +117,7 @@ func (s *Standby) greet(l *standbyLine, f wire.Frame) error {
 	case st >= TakingOver:
 		// It lives after all. It must know that its copy is no longer the guest.
 		s.replace(l)
-		return l.tell(wire.TypeTakenOver, 0, nil)
+		return l.send(wire.TypeTakenOver, 0, nil)
 	case st == Greeting:
 		if h.Committed != 0 {
 			return fmt.Errorf("the primary goes on from epoch %d, of which nothing is here", h.Committed)
@@ -141,7 +136,7 @@ func (s *Standby) greet(l *standbyLine, f wire.Frame) error {
 	}
 	s.replace(l)
 	s.restart()
-	return l.tell(wire.TypeWelcome, 0, wire.Welcome{Version: version, Committed: last}.Append(nil))
+	return l.send(wire.TypeWelcome, 0, wire.Welcome{Version: version, Committed: last}.Append(nil))
 }
 
 // replace makes l the connection that counts.
@@ -176,7 +171,7 @@ func (s *Standby) left(l *standbyLine, err error) bool {
 	default:
 		if !errors.Is(err, errLine) {
 			// The primary cannot know what was wrong with what it sent.
-			l.tell(wire.TypeResync, 0, reason(err))
+			l.send(wire.TypeResync, 0, reason(err))
 		}
 		s.log.Warn("no connection to the primary; waiting for another", "err", err)
 	}

@@ -19,10 +19,10 @@ var (
 	// ErrLogDirtyLost: somebody else read or ended the log of changed pages, as
 	// `virsh save` and `virsh migrate` do, or Xen had no memory for it. What changed
 	// is not known any more: the next Round hands over everything.
-	ErrLogDirtyLost = errors.New("the log of changed pages was lost to somebody else")
+	ErrLogDirtyLost = fmt.Errorf("%w: somebody else has read or ended their log", migrate.ErrPagesUnknown)
 	// ErrIncomplete: there was no Round since Begin, or since an error left unknown
 	// what changed.
-	ErrIncomplete = errors.New("pages are unknown; a Round must come first")
+	ErrIncomplete = fmt.Errorf("%w: a Round must come first", migrate.ErrPagesUnknown)
 	// ErrDeviceModel: the guest has a device model, whose state and whose writes to
 	// the guest's memory are not captured.
 	ErrDeviceModel = errors.New("the guest has a device model; only PVH guests can be protected")

@@ -1,11 +1,15 @@
 package xen
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"time"
 
 	"kemari/migrate/page"
 	"kemari/migrate/xen/internal/sys"
+	"kemari/migrate/xen/xenstore"
 )
 
 // ErrNotPopulated: a page has no memory, at least not yet.
@@ -22,6 +26,37 @@ type Memory struct {
 	m       *mapping
 	highest func() (uint64, error)
 	conn    interface{ Close() error }
+}
+
+// FindDomain returns the id of the domain with this UUID, and waits for it to exist
+// until ctx ends. libxl writes the UUID when it has made a domain, before it gives it
+// memory.
+func FindDomain(ctx context.Context, uuid string) (uint32, error) {
+	store, err := xenstore.Dial()
+	if err != nil {
+		return 0, err
+	}
+	defer store.Close()
+	for {
+		ids, err := store.List(ctx, "/local/domain")
+		if err != nil {
+			return 0, fmt.Errorf("list the domains: %w", err)
+		}
+		for _, s := range ids {
+			id, err := strconv.ParseUint(s, 10, 15)
+			if err != nil || id == 0 {
+				continue
+			}
+			if vm, err := store.Read(ctx, "/local/domain/"+s+"/vm"); err == nil && vm == "/vm/"+uuid {
+				return uint32(id), nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return 0, fmt.Errorf("find the domain %s: %w", uuid, context.Cause(ctx))
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // OpenMemory opens the memory of a domain of this host.

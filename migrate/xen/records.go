@@ -31,59 +31,6 @@ func Records(b []byte, f func(Record) error) error {
 	return nil
 }
 
-// CheckHead checks what Guest.Begin returns: the headers, then each static record
-// at most once, STATIC_DATA_END last.
-func CheckHead(b []byte) error {
-	if err := CheckHeaders(b[:min(len(b), HeadersSize)]); err != nil {
-		return err
-	}
-	var order []RecordType
-	err := Records(b[HeadersSize:], func(r Record) error {
-		order = append(order, r.Type)
-		return nil
-	})
-	if err == nil {
-		err = once(order, RecordCPUIDPolicy, RecordMSRPolicy, RecordStaticDataEnd)
-	}
-	if err == nil && (len(order) == 0 || order[len(order)-1] != RecordStaticDataEnd) {
-		err = fmt.Errorf("%w: no end of the static records", ErrStream)
-	}
-	return err
-}
-
-// CheckState checks what resumes the processors: TSC_INFO where there is one,
-// HVM_CONTEXT and HVM_PARAMS, in this order, each with content.
-func CheckState(b []byte) error {
-	var order []RecordType
-	err := Records(b, func(r Record) error {
-		if len(r.Body) == 0 {
-			return fmt.Errorf("%w: record %#x is empty", ErrStream, uint32(r.Type))
-		}
-		order = append(order, r.Type)
-		return nil
-	})
-	if err == nil {
-		err = once(order, RecordTSCInfo, RecordHVMContext, RecordHVMParams)
-	}
-	if n := len(order); err == nil && (n < 2 || order[n-2] != RecordHVMContext || order[n-1] != RecordHVMParams) {
-		err = fmt.Errorf("%w: records %#x are no state of a guest", ErrStream, order)
-	}
-	return err
-}
-
-// once checks that there are only records of these types, in this order.
-func once(got []RecordType, types ...RecordType) error {
-	for _, t := range types {
-		if len(got) > 0 && got[0] == t {
-			got = got[1:]
-		}
-	}
-	if len(got) > 0 {
-		return fmt.Errorf("%w: record of type %#x has no place here", ErrStream, uint32(got[0]))
-	}
-	return nil
-}
-
 // appendPages appends the pages of a PAGE_DATA record's body that have content.
 func appendPages(body []byte, add func(page.PFN, []byte)) error {
 	if _, err := CheckPageData(body, 1<<52); err != nil {

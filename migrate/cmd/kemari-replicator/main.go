@@ -27,7 +27,6 @@ import (
 // env is what all commands share.
 type env struct {
 	root   string // of the run-time folders
-	helper string // kemari-xcsave
 	socket string // libvirtd's
 	log    *slog.Logger
 }
@@ -54,7 +53,6 @@ func app(e *env) *cli.App {
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "root", Value: control.Dir, Usage: "folder of the run-time state", Destination: &e.root},
-			&cli.StringFlag{Name: "helper", Value: "/usr/libexec/kemari/kemari-xcsave", Usage: "program that takes checkpoints", Destination: &e.helper},
 			&cli.StringFlag{Name: "libvirt-socket", Value: "/run/libvirt/libvirt-sock", Usage: "socket of the local libvirtd", Destination: &e.socket},
 		},
 		Commands: []*cli.Command{

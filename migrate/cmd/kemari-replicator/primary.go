@@ -121,7 +121,7 @@ func (e *env) primary(ctx context.Context, uuid string) error {
 		}
 		defer plug.Close()
 		destroy := func(ctx context.Context) error { return e.destroy(ctx, id, paths, log) }
-		guest, err := e.openGuest(cfg.DomID, filepath.Join(paths.Dir, "mark"), destroy, log)
+		guest, err := xen.OpenDomain(ctx, cfg.DomID, filepath.Join(paths.Dir, "mark"), destroy, log)
 		if err != nil {
 			return err
 		}
@@ -159,15 +159,6 @@ func primaryStats(s *control.Status, st migrate.PrimaryStats) {
 	s.SuspendLast, s.CopyLast, s.ResumeLast = st.Last.Suspend.Microseconds(), st.Last.Copy.Microseconds(), st.Last.Resume.Microseconds()
 	s.CommitLag = st.Lag.Microseconds()
 	s.Reconnects, s.Resyncs = st.Reconnects, st.Resyncs
-}
-
-// openGuest opens the guest to be checkpointed.
-func (e *env) openGuest(domid uint32, mark string, destroy func(context.Context) error, log *slog.Logger) (migrate.Guest, error) {
-	g, err := xen.StartGuest(e.helper, domid, mark, destroy, log)
-	if err != nil {
-		return nil, err
-	}
-	return xen.NewHelper(g), nil
 }
 
 // rejoin is how long a silent standby is looked for that may not take over by
@@ -303,7 +294,7 @@ func (e *env) cleanupPrimary(ctx context.Context, uuid string) error {
 		return err
 	}
 	// The network first: that is what somebody outside waits for.
-	errs = append(errs, output.Cleanup(ctx, vifs), xen.Cleanup(ctx, e.helper, cfg.DomID, filepath.Join(paths.Dir, "mark")))
+	errs = append(errs, output.Cleanup(ctx, vifs), xen.CleanupDomain(ctx, cfg.DomID, filepath.Join(paths.Dir, "mark")))
 	last := control.Status{
 		Role: control.Primary, Domain: cfg.Domain, UUID: cfg.UUID, Peer: cfg.StandbyURI, Generation: cfg.Generation,
 		Phase: control.Ended, Since: time.Now(), Arbiter: cfg.Arbiter.Type, Automatic: cfg.Arbiter.Automatic,

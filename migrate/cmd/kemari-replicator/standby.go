@@ -15,6 +15,7 @@ import (
 	"kemari/migrate/control"
 	"kemari/migrate/shadow"
 	"kemari/migrate/wire"
+	"kemari/migrate/xen"
 	"kemari/systemd"
 )
 
@@ -139,6 +140,13 @@ func shadowConfig(e *env, paths control.Paths, cfg control.StandbyConfig) shadow
 	return shadow.Config{
 		Name: cfg.Domain, UUID: cfg.UUID, DomainXML: cfg.DomainXML, MemoryKiB: cfg.MemoryKiB,
 		PrimaryHost: cfg.PrimaryHost, Socket: e.socket, Mark: filepath.Join(paths.Dir, "shadow"),
+		Memory: func(ctx context.Context) (shadow.Memory, error) {
+			id, err := xen.FindDomain(ctx, cfg.UUID)
+			if err != nil {
+				return nil, err
+			}
+			return xen.OpenMemory(id)
+		},
 	}
 }
 
