@@ -845,16 +845,16 @@ func TestHostilePrimary(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				resyncs, open := 0, true
+				var resyncs, closed atomic.Int32
 				go func() {
 					for r := wire.NewReader(conn, 3); ; {
 						f, err := r.Read()
 						if err != nil {
-							open = false
+							closed.Store(1)
 							return
 						}
 						if f.Type == wire.TypeResync {
-							resyncs++
+							resyncs.Add(1)
 						}
 					}
 				}()
@@ -867,8 +867,9 @@ func TestHostilePrimary(t *testing.T) {
 					time.Sleep(time.Millisecond)
 				}
 				synctest.Wait()
-				if e := sb.Stats().Epoch; e != c.epoch || resyncs != c.resyncs || open != c.open && c.epoch > 0 {
-					t.Errorf("epoch %d committed, %d resyncs, open %v; want %d, %d, %v", e, resyncs, open, c.epoch, c.resyncs, c.open)
+				e, again, open := sb.Stats().Epoch, int(resyncs.Load()), closed.Load() == 0
+				if e != c.epoch || again != c.resyncs || open != c.open && c.epoch > 0 {
+					t.Errorf("epoch %d committed, %d resyncs, open %v; want %d, %d, %v", e, again, open, c.epoch, c.resyncs, c.open)
 				}
 				if c.epoch == 0 {
 					time.Sleep(2 * time.Second)
