@@ -5,6 +5,8 @@
 // (version 3) and libxl-migration-stream.pandoc (version 2) of Xen 4.17; they are
 // unchanged in 4.20.
 //
-// The first engine's Guest takes its checkpoints with libxenguest, in the helper
-// process cmd/kemari-xcsave. Everything here is pure Go.
+// Domain is a guest checkpointed by hypercalls of our own, all in pure Go; Memory the
+// memory of one that is being restored here. Guest takes its checkpoints with
+// libxenguest, in the helper process cmd/kemari-xcsave, and is what Domain is
+// compared with.
 package xen

@@ -40,6 +40,7 @@ type control interface {
 	suspendControl
 	Prepare() error
 	Limit() uint64
+	HighestPage() (uint64, error)
 	EnableLogDirty() error
 	DisableLogDirty() error
 	Clean(canary uint64) (sys.Dirty, error)
@@ -511,6 +512,9 @@ func (d *Domain) dirty(pfns []page.PFN, count sys.Dirty, full bool) ([]page.PFN,
 	}
 	if full {
 		d.runs = page.AppendRuns(d.runs[:0], bitmap, d.all)
+		if err := d.withinLimit(); err != nil {
+			return nil, err
+		}
 	}
 	d.unknown = d.unknown[:0]
 	for _, r := range d.runs {
@@ -532,6 +536,16 @@ func (d *Domain) dirty(pfns []page.PFN, count sys.Dirty, full bool) ([]page.PFN,
 		pfns = append(pfns, p)
 	})
 	return pfns, err
+}
+
+// withinLimit returns ErrLogDirtyLost if the guest has got memory above what the
+// bitmap is read of.
+func (d *Domain) withinLimit() error {
+	top, err := d.xen.HighestPage()
+	if err != nil || top < d.xen.Limit() {
+		return err
+	}
+	return fmt.Errorf("%w: the guest has got memory at %#x, above all it had", ErrLogDirtyLost, top)
 }
 
 // gone forgets the pages that had no memory when they were to be copied: the guest

@@ -214,7 +214,7 @@ func TestErrors(t *testing.T) {
 			f.mem.dropAll()
 		}, want: boom},
 		"somebody else suspended it": {spoil: func(f *fixture) { f.x.shutdown(sys.ShutdownSuspend) }, want: ErrBusy, known: true},
-		"no answer":                  {spoil: func(f *fixture) { f.answer(func() {}) }, want: ErrNoSuspend, known: true},
+		"no answer":                  {spoil: func(f *fixture) { f.answer(func() {}); f.susp.limit = 300 * time.Millisecond }, want: ErrNoSuspend, known: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			x := newFakeXen(1024)
@@ -242,7 +242,7 @@ func TestErrors(t *testing.T) {
 			if !x.runs() {
 				t.Fatal("left standing")
 			}
-			f.w.fail = nil
+			f.w.fail, f.susp.limit = nil, 30*time.Second
 			f.answer(nil)
 			if !c.known {
 				if err := f.Checkpoint(t.Context(), nothing, &cap); !errors.Is(err, ErrIncomplete) {
@@ -259,6 +259,33 @@ func TestErrors(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestGrown: memory above all there was is noticed.
+func TestGrown(t *testing.T) {
+	x := newFakeXen(1024)
+	for p := range page.PFN(100) {
+		x.populate(p)
+	}
+	f := newFixture(t, x, 64)
+	r := replica{}
+	begin(t, f, r)
+	x.limit = 4096
+	x.populate(4000)
+	var c Capture
+	if err := f.Checkpoint(t.Context(), nothing, &c); !errors.Is(err, ErrLogDirtyLost) {
+		t.Fatalf("%v", err)
+	}
+	if _, err := f.Round(t.Context(), r.take); err != nil {
+		t.Fatal(err)
+	}
+	x.write(4000, 3)
+	if err := f.Checkpoint(t.Context(), nothing, &c); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(r.take(&c.Pages), r.equal(x)); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -352,6 +379,7 @@ func TestPaused(t *testing.T) {
 	}
 	f := newFixture(t, x, 8)
 	begin(t, f, replica{})
+	f.susp.limit = 300 * time.Millisecond
 	x.set(func(i *sys.Info) { i.Paused = true })
 	f.answer(func() {
 		time.Sleep(time.Second) // longer than the limit
@@ -391,6 +419,7 @@ func TestCleanup(t *testing.T) {
 			x.EnableLogDirty()
 			x.Subscribe(12)
 			f := newFixture(t, x, 8)
+			f.susp.limit = time.Second
 			f.answer(func() {})
 			if c.ask {
 				f.store.Set(f.susp.node(), "suspend")

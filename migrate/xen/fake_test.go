@@ -184,7 +184,9 @@ func (x *fakeXen) Prepare() error {
 	return nil
 }
 
-func (x *fakeXen) Limit() uint64 { return x.limit }
+func (x *fakeXen) Limit() uint64 { return uint64(len(x.bitmap)) * 64 }
+
+func (x *fakeXen) HighestPage() (uint64, error) { return x.limit - 1, nil }
 
 func (x *fakeXen) EnableLogDirty() error {
 	x.mu.Lock()
@@ -213,9 +215,11 @@ func (x *fakeXen) DisableLogDirty() error {
 func (x *fakeXen) clean() {
 	clear(x.bitmap)
 	for p := range x.dirty {
-		x.bitmap[p/64] |= 1 << (p % 64)
+		if uint64(p) < x.Limit() { // what is above stays, and is not counted again
+			x.bitmap[p/64] |= 1 << (p % 64)
+			delete(x.dirty, p)
+		}
 	}
-	clear(x.dirty)
 	x.count = 0
 }
 
@@ -401,7 +405,7 @@ func newFixture(t tb, x *fakeXen, slots int) *fixture {
 		mem:     newMapping(f.w, slots),
 		susp: suspender{
 			id: fakeID, xen: x, store: dial(), mark: m,
-			look: 5 * time.Millisecond, limit: 300 * time.Millisecond,
+			look: 5 * time.Millisecond, limit: 30 * time.Second,
 		},
 	}
 	f.store.Set("/local/domain/7/control/feature-suspend", "1")

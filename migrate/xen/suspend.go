@@ -75,6 +75,9 @@ func (s *suspender) node() string { return fmt.Sprintf("/local/domain/%d/control
 // suspend returns once the guest stands, and how it stands. After an error the guest
 // runs, unless it is gone.
 func (s *suspender) suspend(ctx context.Context) (sys.Info, error) {
+	if ctx.Err() != nil {
+		return sys.Info{}, context.Cause(ctx)
+	}
 	switch st, info, err := s.state(); {
 	case err != nil:
 		return info, err
@@ -86,8 +89,8 @@ func (s *suspender) suspend(ctx context.Context) (sys.Info, error) {
 	if err := s.mark.set(markSuspending); err != nil {
 		return sys.Info{}, err
 	}
-	if err := s.store.Write(ctx, s.node(), "suspend"); err != nil {
-		// It may have been written all the same.
+	if err := s.ask(ctx); err != nil {
+		// It may have been asked all the same.
 		return sys.Info{}, errors.Join(fmt.Errorf("ask the guest to suspend: %w", err), s.unsuspend(ctx))
 	}
 	tick := time.NewTicker(s.look)
@@ -115,9 +118,21 @@ func (s *suspender) suspend(ctx context.Context) (sys.Info, error) {
 			since = time.Now()
 		}
 		if time.Since(since) > s.limit {
-			return info, errors.Join(ErrNoSuspend, s.unsuspend(ctx))
+			err := ErrNoSuspend
+			if v, rerr := s.store.Read(ctx, s.node()); rerr == nil && v == "suspend" {
+				err = fmt.Errorf("%w; in %v it has not even read the request", err, s.limit)
+			}
+			return info, errors.Join(err, s.unsuspend(ctx))
 		}
 	}
+}
+
+// ask is not interrupted when ctx ends, or else nobody would know whether the guest
+// has been asked.
+func (s *suspender) ask(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.limit)
+	defer cancel()
+	return s.store.Write(ctx, s.node(), "suspend")
 }
 
 // resume lets the guest run that suspend has made stand. fresh: see sys.Domain.
