@@ -15,7 +15,7 @@
 // guest is gone, 4 it did not suspend, 5 log-dirty was refused.
 package main
 
-// #cgo LDFLAGS: -lxenctrl -lxenguest -lxenevtchn -lxenstore
+// #cgo LDFLAGS: -lxenevtchn -lxenstore -ldl
 // #cgo CFLAGS: -O2 -Wall
 // #include "save.h"
 import "C"

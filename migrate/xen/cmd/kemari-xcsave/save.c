@@ -8,9 +8,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <xenctrl.h>
+#include "libxen.h" /* before Xen's other headers, which leave out what it needs */
+
 #include <xenevtchn.h>
-#include <xenguest.h>
 #include <xenstore.h>
 
 #include "save.h"
@@ -22,6 +22,8 @@
 #define LOOK_MS 250
 
 enum { EXIT_STOP = 0, EXIT_FAILED = 1, EXIT_GUEST_GONE = 3, EXIT_NO_SUSPEND = 4, EXIT_NO_LOGDIRTY = 5 };
+
+static const struct libxen *xen;
 
 struct save {
 	xc_interface *xch;
@@ -90,13 +92,13 @@ static int told_to_stop(struct save *s)
 /* 1: shut down for suspend; 0: runs; -1: gone or going for another reason. */
 static int look(struct save *s, int *paused)
 {
-	xc_dominfo_t i;
-	if (xc_domain_getinfo(s->xch, s->domid, 1, &i) != 1 || i.domid != s->domid || i.dying)
+	xc_domaininfo_t i;
+	if (xen->xc_domain_getinfolist(s->xch, s->domid, 1, &i) != 1 || i.domain != s->domid || (i.flags & XEN_DOMINF_dying))
 		return -1;
-	*paused = i.paused;
-	if (!i.shutdown)
+	*paused = !!(i.flags & XEN_DOMINF_paused);
+	if (!(i.flags & XEN_DOMINF_shutdown))
 		return 0;
-	return i.shutdown_reason == SHUTDOWN_suspend ? 1 : -1;
+	return (i.flags >> XEN_DOMINF_shutdownshift & XEN_DOMINF_shutdownmask) == SHUTDOWN_suspend ? 1 : -1;
 }
 
 static int request(struct save *s, const char *what)
@@ -142,7 +144,7 @@ static void unsuspend(struct save *s)
 	if (!withdraw(s))
 		while (look(s, &paused) == 0 && !paused && now_us() - start < SUSPEND_TIMEOUT_MS * 1e3)
 			usleep(5000);
-	if (look(s, &paused) == 1 && xc_domain_resume(s->xch, s->domid, 1))
+	if (look(s, &paused) == 1 && xen->xc_domain_resume(s->xch, s->domid, 1))
 		perror("kemari-xcsave: resume");
 	mark(s, 'r');
 }
@@ -201,7 +203,7 @@ static int cb_postcopy(void *data)
 {
 	struct save *s = data;
 	double copied = now_us();
-	if (xc_domain_resume(s->xch, s->domid, 1)) {
+	if (xen->xc_domain_resume(s->xch, s->domid, 1)) {
 		perror("kemari-xcsave: resume");
 		return stop(s, EXIT_FAILED);
 	}
@@ -234,7 +236,9 @@ int kemari_save(uint32_t domid, int mark_fd, int stream_fd, int event_fd, int co
 	};
 	int rc, guest_port = -1, paused;
 
-	s.xch = xc_interface_open(0, 0, 0);
+	if (!xen && !(xen = libxen_load()))
+		return EXIT_FAILED;
+	s.xch = xen->xc_interface_open(0, 0, 0);
 	s.xce = xenevtchn_open(0, 0);
 	s.xs = xs_open(0);
 	if (!s.xch || !s.xce || !s.xs) {
@@ -245,16 +249,16 @@ int kemari_save(uint32_t domid, int mark_fd, int stream_fd, int event_fd, int co
 		return EXIT_GUEST_GONE;
 
 	/* Probe what XSA-495's builds refuse before the guest is touched. */
-	if (xc_shadow_control(s.xch, domid, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0) < 0) {
+	if (xen->xc_shadow_control(s.xch, domid, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0) < 0) {
 		perror("kemari-xcsave: log-dirty");
 		return EXIT_NO_LOGDIRTY;
 	}
 
 	/* With a suspend event channel of ours Xen signals that and not VIRQ_DOM_EXC,
 	 * so neither xenstored nor libvirt takes a checkpoint for a shutdown. */
-	guest_port = xc_evtchn_alloc_unbound(s.xch, domid, 0);
+	guest_port = xen->xc_evtchn_alloc_unbound(s.xch, domid, 0);
 	if (guest_port < 0 || (s.port = xenevtchn_bind_interdomain(s.xce, domid, guest_port)) < 0 ||
-	    xc_domain_subscribe_for_suspend(s.xch, domid, guest_port)) {
+	    xen->xc_domain_subscribe_for_suspend(s.xch, domid, guest_port)) {
 		perror("kemari-xcsave: suspend event channel");
 		kemari_cleanup(domid, mark_fd);
 		return EXIT_FAILED;
@@ -262,7 +266,7 @@ int kemari_save(uint32_t domid, int mark_fd, int stream_fd, int event_fd, int co
 	if ((rc = xenevtchn_pending(s.xce)) >= 0) /* a fresh channel is pending once */
 		xenevtchn_unmask(s.xce, rc);
 
-	rc = xc_domain_save(s.xch, stream_fd, domid, XCFLAGS_LIVE, &cb, XC_STREAM_REMUS, -1);
+	rc = xen->xc_domain_save(s.xch, stream_fd, domid, XCFLAGS_LIVE, &cb, XC_STREAM_REMUS, -1);
 	int err = errno;
 	if (s.why < 0) {
 		/* libxenguest failed by itself; a guest that ended in the middle is the
@@ -280,7 +284,9 @@ int kemari_cleanup(uint32_t domid, int mark_fd)
 	int paused = 0, rc = 0;
 	char m = 'r';
 
-	s.xch = xc_interface_open(0, 0, 0);
+	if (!xen && !(xen = libxen_load()))
+		return EXIT_FAILED;
+	s.xch = xen->xc_interface_open(0, 0, 0);
 	s.xs = xs_open(0);
 	if (!s.xch || !s.xs) {
 		perror("kemari-xcsave: open Xen's interfaces");
@@ -290,9 +296,9 @@ int kemari_cleanup(uint32_t domid, int mark_fd)
 		if ((mark_fd >= 0 && pread(mark_fd, &m, 1, 0) == 1 && m == 's') || look(&s, &paused) == 1)
 			unsuspend(&s);
 		/* Fails with EINVAL where it is off already. */
-		xc_shadow_control(s.xch, domid, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0);
+		xen->xc_shadow_control(s.xch, domid, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0);
 		/* Port 0 unsubscribes: shutdowns are libvirt's to see again. */
-		if (xc_domain_subscribe_for_suspend(s.xch, domid, 0)) {
+		if (xen->xc_domain_subscribe_for_suspend(s.xch, domid, 0)) {
 			perror("kemari-xcsave: unsubscribe from suspend");
 			rc = 1;
 		}
@@ -300,6 +306,6 @@ int kemari_cleanup(uint32_t domid, int mark_fd)
 			rc = 1;
 	}
 	xs_close(s.xs);
-	xc_interface_close(s.xch);
+	xen->xc_interface_close(s.xch);
 	return rc;
 }
