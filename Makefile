@@ -50,7 +50,7 @@ unit: prepare
 
 .PHONY: lab-test
 lab-test: prepare
-	$(GO) test -tags $(TAGS) -count=1 -timeout 60m -v ./virsh-examples/lab
+	$(GO) test -tags $(TAGS) -count=1 -timeout 85m -v ./virsh-examples/lab
 
 # Commands that measure promises of the laboratory go below the first.
 .PHONY: bench

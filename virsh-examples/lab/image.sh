@@ -9,8 +9,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=$1 suite=$2
 
 case $suite in
-bookworm) xen=xen-hypervisor-4.17-amd64,xen-utils-4.17 ;;
-*) echo "lab: no recipe for Debian suite '$suite' (known: bookworm)" >&2; exit 2 ;;
+trixie) xen=4.20 ;;
+bookworm) xen=4.17 ;;
+*) echo "lab: no recipe for Debian suite '$suite' (known: trixie, bookworm)" >&2; exit 2 ;;
 esac
 
 say() { printf 'lab:   %s\n' "$*" >&2; }
@@ -19,8 +20,9 @@ rm -rf "$work"
 mkdir -p "$work/rootfs" "$work/guest"
 R=$work/rootfs
 
-say "fetching Debian $suite with Xen and libvirt (about 90 s)"
-mmdebstrap --quiet --variant=minbase --include="systemd-sysv,udev,kmod,dbus,iproute2,procps,linux-image-amd64,$xen,xen-utils-common,libvirt-daemon-system,libvirt-daemon-driver-xen,libvirt-clients,openssh-server,bridge-utils,ethtool,iputils-ping,tcpdump,strace,python3-libvirt" \
+# qemu-system-xen is the device model of HVM guests.
+say "fetching Debian $suite with Xen $xen and libvirt (about 90 s)"
+mmdebstrap --quiet --variant=minbase --include="systemd-sysv,udev,kmod,dbus,iproute2,procps,linux-image-amd64,xen-hypervisor-$xen-amd64,xen-utils-$xen,xen-utils-common,qemu-system-xen,libvirt-daemon-system,libvirt-daemon-driver-xen,libvirt-clients,openssh-server,bridge-utils,ethtool,iputils-ping,tcpdump,strace,python3-libvirt" \
 	"$suite" "$work/rootfs.tar" >&2
 tar xf "$work/rootfs.tar" -C "$R" --exclude="./dev/*"
 rm "$work/rootfs.tar"
@@ -40,22 +42,32 @@ printf '127.0.0.1 localhost\n10.99.0.1 xen1\n10.99.0.2 xen2\n' >"$R/etc/hosts"
 for h in xen1 xen2 10.99.0.1 10.99.0.2; do
 	printf '%s %s\n' "$h" "$(cut -d' ' -f1,2 "$R/etc/ssh/ssh_host_ed25519_key.pub")"
 done >"$R/root/.ssh/known_hosts"
-chroot "$R" systemctl -q enable lab-net ssh libvirtd
+# systemd wants to see /proc, and says so in every line without it.
+in_root() { unshare -m sh -c 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"' "$R" "$@"; }
+in_root systemctl -q enable lab-net ssh libvirtd
+# Without this a login starts root's own systemd, in trixie with an ssh-agent as
+# well. That takes an emulated host 20 s, longer than peers wait for an answer.
+sed -i /pam_systemd/d "$R/etc/pam.d/common-session"
 # Timers would wake up in the middle of a measurement.
-chroot "$R" systemctl -q mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer systemd-tmpfiles-clean.timer libvirt-guests.service
-# An emulated AMD processor under Xen shows neither sep nor vme, and libvirt 9.0
+in_root systemctl -q mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer systemd-tmpfiles-clean.timer libvirt-guests.service
+# An emulated AMD processor under Xen shows neither sep nor vme, and libvirt
 # knows no processor model without both.
 sed -i "/name='sep'/d;/name='vme'/d" "$R"/usr/share/libvirt/cpu_map/x86_{kvm64,qemu64,kvm32,486,pentium}.xml
 
 cp "$R"/boot/vmlinuz-* "$out/vmlinuz"
 cp "$R"/boot/initrd.img-* "$out/initrd.img"
-zcat "$R"/boot/xen-4.*-amd64.gz >"$out/xen"
+zcat "$R/boot/xen-$xen-amd64.gz" >"$out/xen"
 
 say "building the guest"
 G=$work/guest
 mkdir -p "$G"/{bin,proc,sys,dev,mod}
 cp "$(command -v busybox)" "$G/bin/busybox"
-find "$R/lib/modules" -name 'xen-netfront.ko*' -o -name 'xen-blkfront.ko*' | while read -r f; do cp "$f" "$G/mod/"; done
+find "$R/lib/modules" -name 'xen-netfront.ko*' -o -name 'xen-blkfront.ko*' | while read -r f; do
+	case $f in
+	*.xz) xz -dc "$f" >"$G/mod/$(basename "$f" .xz)" ;; # since trixie
+	*) cp "$f" "$G/mod/" ;;
+	esac
+done
 cp "$out/counter" "$G/bin/counter"
 install -m 755 "$here/guest/init" "$G/init"
 (cd "$G" && find . | LC_ALL=C sort | cpio --quiet -o -H newc | gzip -9) >"$out/guest.img"
