@@ -109,7 +109,7 @@ func parseUUID(s string) (u [16]byte, err error) {
 // serve runs one side: its control socket, its readiness and watchdog, then work.
 // Whatever work returns is left behind as the last status.
 func (e *env) serve(ctx context.Context, p control.Paths, status func() control.Status,
-	ask func(context.Context, control.Op) error, work func(context.Context) error) (err error) {
+	ask func(context.Context, control.Request) error, work func(context.Context) error) (err error) {
 	l, err := control.Listen(p.Socket, libvirtGroup())
 	if err != nil {
 		return fmt.Errorf("control socket: %w", err)
@@ -117,9 +117,9 @@ func (e *env) serve(ctx context.Context, p control.Paths, status func() control.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	served := make(chan error, 2)
 	go func() {
-		served <- control.Serve(serving, l, func(ctx context.Context, op control.Op) (control.Status, error) {
-			if op != control.OpStatus {
-				if err := ask(ctx, op); err != nil {
+		served <- control.ServeRequests(serving, l, func(ctx context.Context, req control.Request) (control.Status, error) {
+			if req.Op != control.OpStatus {
+				if err := ask(ctx, req); err != nil {
 					return control.Status{}, err
 				}
 			}

@@ -78,11 +78,15 @@ func (e *env) primary(ctx context.Context, uuid string) error {
 	done := make(chan struct{})
 	work, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ask := func(ctx context.Context, op control.Op) error {
-		if op != control.OpAbort {
-			return fmt.Errorf("%s is for the standby", op)
+	ask := func(ctx context.Context, req control.Request) error {
+		p := get()
+		switch {
+		case req.Op == control.OpCheckpoint && req.Checkpoint != nil:
+			return me.checkpoint(p, *req.Checkpoint, log)
+		case req.Op != control.OpAbort:
+			return fmt.Errorf("%s is for the standby", req.Op)
 		}
-		if p := get(); p != nil {
+		if p != nil {
 			p.End("ended by the operator")
 		} else {
 			cancel()
@@ -141,6 +145,21 @@ func (e *env) primary(ctx context.Context, uuid string) error {
 		}
 		return p.Run(ctx)
 	})
+}
+
+// checkpoint changes when checkpoints are taken.
+func (s *side) checkpoint(p *migrate.Primary, c control.Checkpoint, log *slog.Logger) error {
+	if p == nil {
+		return errors.New("the first copy has not begun yet; try again in a moment")
+	}
+	if err := p.SetPolicy(migrate.Policy{Trigger: migrate.Trigger(c.Trigger), Min: c.Min, Max: c.Max}); err != nil {
+		return err
+	}
+	log.Info("checkpoints from now on", "trigger", c.Trigger, "min", c.Min, "max", c.Max)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status.Trigger = c.Trigger
+	return nil
 }
 
 func primaryStats(s *control.Status, st migrate.PrimaryStats) {

@@ -57,9 +57,9 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 		}
 		return s
 	}
-	ask := func(ctx context.Context, op control.Op) error {
+	ask := func(ctx context.Context, req control.Request) error {
 		sb := get()
-		switch op {
+		switch req.Op {
 		case control.OpAbort:
 			if sb != nil {
 				sb.End("ended by the operator at the standby")
@@ -79,8 +79,10 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 				return err
 			}
 			return waitActive(ctx, done, sb)
+		case control.OpCheckpoint:
+			return errors.New("the primary takes the checkpoints; ask it on its host")
 		default:
-			return fmt.Errorf("unknown request %q", op)
+			return fmt.Errorf("unknown request %q", req.Op)
 		}
 	}
 	return e.serve(work, paths, status, ask, func(ctx context.Context) error {
