@@ -250,7 +250,7 @@ func (s *session) connect(ctx context.Context) error {
 	if s.foreign() {
 		return errNotOpen // openAs has to come first
 	}
-	c, err := s.d.cfg.dialUpstream(ctx, s.socketRO)
+	c, err := s.d.cfg.enterUpstream(ctx, s.socketRO)
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -106,6 +107,47 @@ func (c *Config) dialUpstream(ctx context.Context, ro bool) (net.Conn, error) {
 	}
 }
 
+// enterUpstream connects to libvirt's daemon and goes through its authentication. A
+// daemon that has polkit decide lets root in only after root has asked how to
+// authenticate, and refuses everything before.
+func (c *Config) enterUpstream(ctx context.Context, ro bool) (net.Conn, error) {
+	conn, err := c.dialUpstream(ctx, ro)
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	conn.SetDeadline(time.Now().Add(openTimeout))
+	if err := authenticate(conn); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	conn.SetDeadline(time.Time{})
+	return conn, nil
+}
+
+func authenticate(conn net.Conn) error {
+	b, err := callUpstream(conn, rpc.ProcAuthList, nil)
+	if err != nil {
+		return err
+	}
+	ways, err := rpc.DecodeAuthListRet(b)
+	if err != nil {
+		return err
+	}
+	switch {
+	case len(*ways) == 0 || slices.Contains(*ways, rpc.AuthNone):
+		return nil
+	case slices.Contains(*ways, rpc.AuthPolkit): // we are not root
+		_, err := callUpstream(conn, rpc.ProcAuthPolkit, nil)
+		return err
+	}
+	return &rpc.Error{
+		Code: rpc.CodeAuthFailed, From: rpc.FromRPC,
+		Message: "authentication failed: libvirtd wants a password on its local socket, and there is nobody to ask; set auth_unix_rw to polkit or none in libvirtd.conf",
+	}
+}
+
 var errNotOpen = &rpc.Error{Code: rpc.CodeInternal, From: rpc.FromRPC, Message: "connection not open"}
 
 // foreign says whether the client is of another user than libvirtd takes us for.
@@ -127,7 +169,7 @@ func (s *session) openAs(ctx context.Context, p *rpc.Packet) error {
 		return s.forward(ctx, p) // libvirtd will not have a second
 	}
 	defer s.connecting.Unlock()
-	c, err := s.d.cfg.dialUpstream(ctx, s.socketRO)
+	c, err := s.d.cfg.enterUpstream(ctx, s.socketRO)
 	if err != nil {
 		return s.fail(p, err)
 	}
