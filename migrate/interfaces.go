@@ -122,7 +122,7 @@ type Shadow interface {
 
 	// Check says whether state could let the copy run. It is called before an epoch
 	// is acknowledged, for what is acknowledged must be able to run, and must not
-	// block.
+	// block. It returns ErrShadowLost if there is no copy any more.
 	Check(state []byte) error
 
 	// Apply brings pages into the copy, later ones over earlier ones. It may block.
@@ -155,6 +155,9 @@ var (
 	// silent before there was anything to take over from, or while nobody allowed to
 	// take over.
 	ErrPrimaryLost = errors.New("the primary is lost")
+	// ErrShadowLost: the standby's copy was ended by somebody else, and no epoch can
+	// mend it.
+	ErrShadowLost = errors.New("the copy is gone")
 	// ErrRefused: the standby refused an epoch time and again, however it was sent.
 	// The guest runs on, unprotected.
 	ErrRefused = errors.New("the standby refuses what it is sent")

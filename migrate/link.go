@@ -43,12 +43,14 @@ func (l *life) silence() time.Duration {
 
 // watch returns errSilent once nothing has come in for as long as timeout says,
 // and nil when ctx ends. If we did not get to run ourselves, the silence proves
-// nothing: then it looks again after what has queued up meanwhile could be read.
+// nothing: it begins anew then, when what has queued up meanwhile can be read.
 func (l *life) watch(ctx context.Context, interval time.Duration, timeout func() time.Duration) error {
 	step := interval / 2
 	t := time.NewTicker(step)
 	defer t.Stop()
-	for last := time.Now(); ; {
+	last := time.Now()
+	floor := last // silence before it proves nothing, since we did not listen
+	for {
 		select {
 		case <-ctx.Done():
 			return nil
@@ -57,7 +59,10 @@ func (l *life) watch(ctx context.Context, interval time.Duration, timeout func()
 		now := time.Now()
 		late := now.Sub(last) > step+interval
 		last = now
-		if !late && l.busy.Load() == 0 && l.silence() > timeout() {
+		if late {
+			floor = now
+		}
+		if !late && l.busy.Load() == 0 && min(l.silence(), now.Sub(floor)) > timeout() {
 			return errSilent
 		}
 	}

@@ -118,13 +118,57 @@ func TestProtectAndEnd(t *testing.T) {
 	})
 }
 
+// A host that lost its power and booted again resets the connection. To a standby that
+// waits to be told this says nothing: its copy is the only one.
+func TestResetAfterSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{Rejoin: 10 * time.Second})
+		x.Net.Cut(true)
+		<-x.PrimaryErr // the primary's host is no more, as far as the standby can tell
+		time.Sleep(time.Minute)
+		x.Net.Reset()
+		time.Sleep(time.Minute)
+		if st := x.Standby.Stats(); st.State != migrate.Ready || !st.Silent || x.Shadow.Closed() {
+			t.Fatalf("the standby gave its copy up: %+v", st)
+		}
+		if err := x.Standby.Failover("asked for"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		if x.Shadow.Over() == nil {
+			t.Error("the standby has not taken over")
+		}
+		x.Stop()
+		<-x.StandbyErr
+	})
+}
+
+// TestTakeOverFails: a primary that lives hears of a take-over once it has succeeded,
+// and of one that has failed that protection has ended.
+func TestTakeOverFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{})
+		x.Shadow.Spoil(1)
+		if err := x.Standby.Failover("asked for"); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-x.StandbyErr; err == nil || !strings.Contains(err.Error(), "take over") {
+			t.Errorf("standby: %v", err)
+		}
+		if err := <-x.PrimaryErr; !errors.Is(err, migrate.ErrStandbyLost) {
+			t.Errorf("primary: %v", err)
+		}
+		alone(t, x)
+	})
+}
+
 // TestSlowFirstCopy: while a copy takes long the standby goes on showing life.
 func TestSlowFirstCopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x := migratetest.NewPair(migratetest.Options{Automatic: true})
-		x.Points.At("shadow: apply", 1, func() { time.Sleep(time.Minute) })
+		x.Points.At("shadow: apply", 1, func() { time.Sleep(40 * time.Second) })
 		x.Start(t)
-		time.Sleep(50 * time.Second)
+		time.Sleep(30 * time.Second)
 		if st := x.Primary.Stats(); st.Protected || st.Reconnects > 0 {
 			t.Errorf("while it is copied: %+v", st)
 		}

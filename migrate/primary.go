@@ -29,6 +29,9 @@ type PrimaryConfig struct {
 	Rejoin time.Duration
 	// CachePages bounds what is kept of what the standby has, in pages.
 	CachePages int
+	// TakenOver remembers, for who cleans up should we be killed, that the guest is the
+	// standby's. The standby learns that we know only after it. May be nil.
+	TakenOver func() error
 }
 
 // PrimaryStats is what a Primary has done so far.
@@ -283,9 +286,13 @@ func (p *Primary) copyOn(ctx context.Context, w *epochWriter, head []byte) (bega
 	if err := w.finish(&p.capture); err != nil {
 		return began, err
 	}
+	late := time.NewTimer(p.ackTimeout())
+	defer late.Stop()
 	select {
 	case <-ctx.Done():
 		return began, context.Cause(ctx)
+	case <-late.C:
+		return began, p.unacknowledged(w.epoch)
 	case <-w.line.done:
 		return began, w.line.err
 	case reason := <-w.line.refused:
@@ -437,9 +444,13 @@ func (p *Primary) commit(ctx context.Context, epoch wire.Epoch) error {
 			<-l.done
 			continue
 		}
+		late := time.NewTimer(p.ackTimeout())
+		defer late.Stop()
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
+		case <-late.C:
+			return p.unacknowledged(epoch)
 		case e := <-l.acks:
 			if e != epoch {
 				return fmt.Errorf("%w: it acknowledged epoch %d, not %d", ErrStandbyLost, e, epoch)
@@ -459,6 +470,14 @@ func (p *Primary) commit(ctx context.Context, epoch wire.Epoch) error {
 			restart = true
 		}
 	}
+}
+
+// ackTimeout bounds how long a standby that shows life may keep an epoch, and so the
+// guest's output, to itself.
+func (p *Primary) ackTimeout() time.Duration { return max(time.Minute, 10*p.cfg.Heartbeat.Timeout) }
+
+func (p *Primary) unacknowledged(e wire.Epoch) error {
+	return fmt.Errorf("%w: it lives, but has not acknowledged epoch %d within %v", ErrStandbyLost, e, p.ackTimeout())
 }
 
 // committed lets the epoch's output go and counts.

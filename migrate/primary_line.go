@@ -187,8 +187,15 @@ func (p *Primary) handle(l *primaryLine, f wire.Frame) error {
 	}
 }
 
-// takenOver says that we know, so that the standby need not stay to tell us.
+// takenOver says that we know, so that the standby need not stay to tell us: not
+// before it is remembered, should we die before our copy does.
 func (p *Primary) takenOver(l *primaryLine) error {
+	if p.cfg.TakenOver != nil {
+		if err := p.cfg.TakenOver(); err != nil {
+			p.log.Error("not remembered that the standby has taken over", "err", err)
+			return ErrTakenOver
+		}
+	}
 	l.conn.SetWriteDeadline(time.Now().Add(p.cfg.Heartbeat.Timeout))
 	l.send(wire.TypeEnd, 0, []byte(ErrTakenOver.Error()))
 	return ErrTakenOver
@@ -202,16 +209,20 @@ func (p *Primary) watch(ctx context.Context) {
 			return
 		}
 		err = fmt.Errorf("%w: %w for %v", ErrStandbyLost, err, p.life.silence().Round(time.Millisecond))
-		p.mu.Lock()
-		l := p.line
-		p.mu.Unlock()
-		if p.Stats().Epoch == 0 || p.cfg.Automatic || p.cfg.Rejoin == 0 {
+		over := p.Stats().Epoch == 0 || p.cfg.Automatic || p.cfg.Rejoin == 0
+		var l *primaryLine
+		p.change(func() {
+			l = p.line
+			if !over {
+				// Without it at once, or await would take it for one that is back.
+				p.alone, p.line = true, nil
+			}
+		})
+		if over {
 			p.cancel(err)
 			p.hangUp(l)
 			return
 		}
-		// Without it at once, or await would take it for one that is back.
-		p.change(func() { p.alone, p.line = true, nil })
 		p.hangUp(l)
 		if !p.rejoined(ctx) {
 			p.cancel(err)

@@ -272,6 +272,9 @@ func (s *Standby) fail(err error) error {
 // where the connection cannot be used any further, and errStop where nothing can.
 func (s *Standby) handle(l *standbyLine, f wire.Frame) error {
 	st := s.Stats()
+	if s.dropped {
+		return nil
+	}
 	if st.State >= TakingOver {
 		if f.Type == wire.TypeEnd {
 			s.toldOnce.Do(func() { close(s.told) })
@@ -280,9 +283,6 @@ func (s *Standby) handle(l *standbyLine, f wire.Frame) error {
 		// It lives after all. It must know that its copy is no longer the guest. If that
 		// cannot be said, what it says may still be read.
 		l.send(wire.TypeTakenOver, 0, nil)
-		return nil
-	}
-	if s.dropped {
 		return nil
 	}
 	if st.Silent {
@@ -411,17 +411,18 @@ func (s *Standby) whole(f wire.Frame, copying bool) error {
 // refuse asks for the epoch to be sent anew. The first one cannot be: its pages
 // are in the copy already.
 func (s *Standby) refuse(l *standbyLine, why error) error {
-	if s.Stats().State < Ready || errors.Is(why, errBroken) {
+	if s.Stats().State < Ready || errors.Is(why, errBroken) || errors.Is(why, ErrShadowLost) {
 		return s.fail(fmt.Errorf("epoch %d: %w", s.next, why))
 	}
 	s.log.Warn("epoch refused", "epoch", uint64(s.next), "err", why)
 	s.set(func(st *StandbyStats) { st.Refused++ })
 	s.restart()
 	s.refused = true
-	return l.send(wire.TypeResync, s.next, reason(why))
+	return l.send(wire.TypeResync, s.next, failure(why))
 }
 
-func reason(err error) []byte {
+// failure is what is said of an error to the other side.
+func failure(err error) []byte {
 	b := []byte(err.Error())
 	return b[:min(len(b), maxReason)]
 }
@@ -452,21 +453,28 @@ func (s *Standby) takeOver(ctx context.Context, reason string) error {
 	silence := s.life.silence()
 	s.step.Lock()
 	defer s.step.Unlock()
-	if s.broken {
-		s.shadow.Close()
-		return fmt.Errorf("take over: %w", errBroken)
-	}
 	f := &Failover{Reason: reason, At: time.Now(), Detect: silence}
 	s.set(func(st *StandbyStats) { st.State = TakingOver })
 	// What is under way of the next epoch does not count.
 	s.restart()
-	if l := s.line; l != nil {
-		// Best effort, and not waited for: a primary that lives ends its copy.
-		go l.send(wire.TypeTakenOver, 0, nil)
+	err := errBroken
+	if !s.broken {
+		err = s.shadow.TakeOver(ctx, s.committed)
 	}
-	if err := s.shadow.TakeOver(ctx, s.committed); err != nil {
+	if err != nil {
+		// A primary that lives has heard nothing yet, and goes on.
+		s.dropped = true
 		s.shadow.Close()
-		return fmt.Errorf("take over: %w", err)
+		err = fmt.Errorf("take over: %w", err)
+		if l := s.line; l != nil {
+			l.send(wire.TypeEnd, 0, failure(err))
+		}
+		return err
+	}
+	if l := s.line; l != nil {
+		// Best effort, and not waited for: a primary that lives ends its copy, and its
+		// output was held, since nothing has been acknowledged meanwhile.
+		go l.send(wire.TypeTakenOver, 0, nil)
 	}
 	f.Takeover = time.Since(f.At)
 	s.set(func(st *StandbyStats) { st.State, st.Failover, st.Silent = Active, f, false })

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"kemari/migrate/wire"
@@ -68,7 +69,7 @@ func (s *Standby) serve(ctx context.Context, conn net.Conn, greeted func()) {
 	}
 	if err != nil {
 		s.log.Warn("a connection was refused", "err", err)
-		l.send(wire.TypeEnd, 0, reason(err))
+		l.send(wire.TypeEnd, 0, failure(err))
 		if s.Stats().State == Greeting {
 			s.fail(err)
 		}
@@ -160,6 +161,11 @@ func (s *Standby) left(l *standbyLine, err error) bool {
 		return true
 	}
 	byPeer := closedByPeer(err)
+	// A reset after a silence proves nothing: a host that lost its power gives it once it
+	// has booted again, and then the guest runs nowhere but here.
+	if errors.Is(err, syscall.ECONNRESET) && s.Stats().Silent {
+		byPeer = false
+	}
 	if byPeer {
 		err = fmt.Errorf("%w: the primary closed it", errLine)
 	}
@@ -171,7 +177,7 @@ func (s *Standby) left(l *standbyLine, err error) bool {
 	default:
 		if !errors.Is(err, errLine) {
 			// The primary cannot know what was wrong with what it sent.
-			l.send(wire.TypeResync, 0, reason(err))
+			l.send(wire.TypeResync, 0, failure(err))
 		}
 		s.log.Warn("no connection to the primary; waiting for another", "err", err)
 	}

@@ -53,6 +53,7 @@ type Shadow struct {
 	virt *libvirt.Libvirt
 	feed *feed
 
+	gone     chan struct{} // closed when libvirt has ended the restore, or our connection has
 	limit    page.PFN
 	asked    bool // for Memory
 	over     bool // TakeOver has begun
@@ -143,6 +144,8 @@ func (s *Shadow) prepare(ctx context.Context) error {
 		return fail(err)
 	}
 	s.feed = newFeed(conn, s.limit)
+	s.gone = make(chan struct{})
+	go s.watch(conn)
 	if err := s.feed.write(xen.LibxlHeader()); err != nil {
 		s.feed.Close()
 		return fail(err)
@@ -172,8 +175,27 @@ func (s *Shadow) Head(b []byte) error {
 	return s.feed.write(b)
 }
 
+// watch waits for the end of the restore. Libvirt says nothing on that connection, so
+// whatever comes is its end. Without it nobody would notice: what the domain has is
+// written by mapping, which works on the memory of a domain that is gone, too.
+func (s *Shadow) watch(conn net.Conn) {
+	defer close(s.gone)
+	conn.Read(make([]byte, 1))
+}
+
 // Check implements migrate.Shadow.
-func (s *Shadow) Check(state []byte) error { return xen.CheckState(state) }
+func (s *Shadow) Check(state []byte) error {
+	why := ""
+	select {
+	case <-s.gone:
+		why = "libvirt's incoming migration has ended"
+	case <-s.virt.Disconnected():
+		why = "libvirtd has closed the connection; was it restarted?"
+	default:
+		return xen.CheckState(state)
+	}
+	return fmt.Errorf("%w: %s", migrate.ErrShadowLost, why)
+}
 
 // Base implements migrate.Shadow.
 func (s *Shadow) Base(pfn page.PFN, dst []byte) error {

@@ -28,6 +28,16 @@ func secure(ctx context.Context, c net.Conn, tc *tls.Config, make func(net.Conn,
 	return t, nil
 }
 
+// Close closes at once if a write is stuck: that one holds what TLS needs to say
+// goodbye, which would take until its time-out of five seconds.
+func (t *tlsConn) Close() error {
+	if !t.mu.TryLock() {
+		return t.under.Conn.Close()
+	}
+	defer t.mu.Unlock()
+	return t.Conn.Close()
+}
+
 func (t *tlsConn) Write(b []byte) (int, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

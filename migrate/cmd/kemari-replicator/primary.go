@@ -134,6 +134,7 @@ func (e *env) primary(ctx context.Context, uuid string) error {
 			Policy:    migrate.Policy{Trigger: migrate.Trigger(cfg.Trigger), Min: cfg.CheckpointMin, Max: cfg.CheckpointMax},
 			Heartbeat: migrate.Heartbeat{Interval: cfg.Heartbeat.Interval, Timeout: cfg.Heartbeat.Timeout},
 			Automatic: cfg.Arbiter.Automatic, Rejoin: rejoin, CachePages: cachePages,
+			TakenOver: func() error { return markTakenOver(paths) },
 		}, dial, guest, plug, log)
 		mu.Lock()
 		engine = p
@@ -250,11 +251,7 @@ func interfacesOf(domid uint32) ([]string, error) {
 
 // destroy ends the domain through libvirt, which so learns of it. It retries as
 // long as ctx lasts: the guest runs elsewhere, and nothing ours says may be heard.
-// The file it leaves first tells cleanupPrimary the same, should we be killed.
 func (e *env) destroy(ctx context.Context, id [16]byte, paths control.Paths, log *slog.Logger) error {
-	if err := os.WriteFile(filepath.Join(paths.Dir, "taken-over"), nil, 0o600); err != nil {
-		log.Warn("not marked as taken over", "err", err)
-	}
 	for {
 		err := destroyDomain(e.socket, id)
 		if err == nil {
@@ -267,6 +264,12 @@ func (e *env) destroy(ctx context.Context, id [16]byte, paths control.Paths, log
 		case <-time.After(time.Second):
 		}
 	}
+}
+
+// markTakenOver leaves a file that tells cleanupPrimary, should we be killed, that
+// the guest is the standby's.
+func markTakenOver(paths control.Paths) error {
+	return os.WriteFile(filepath.Join(paths.Dir, "taken-over"), nil, 0o600)
 }
 
 func destroyDomain(socket string, id [16]byte) error {
@@ -288,6 +291,9 @@ func destroyDomain(socket string, id [16]byte) error {
 	return v.DomainDestroy(dom)
 }
 
+// cleanupTimeout is less than the units' TimeoutStopSec.
+const cleanupTimeout = 40 * time.Second
+
 // cleanupPrimary puts back what a killed primary left.
 func (e *env) cleanupPrimary(ctx context.Context, uuid string) error {
 	paths := control.PathsFor(e.root, control.Primary, uuid)
@@ -302,24 +308,29 @@ func (e *env) cleanupPrimary(ctx context.Context, uuid string) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
-	if _, err := os.Stat(filepath.Join(paths.Dir, "taken-over")); err == nil {
-		ctx, cancel := context.WithTimeout(ctx, time.Minute)
-		defer cancel()
-		errs = append(errs, e.destroy(ctx, id, paths, e.log))
-	}
-	vifs, err := interfacesOf(cfg.DomID)
-	if err != nil {
-		return err
-	}
-	// The network first: that is what somebody outside waits for.
-	errs = append(errs, output.Cleanup(ctx, vifs), xen.CleanupDomain(ctx, cfg.DomID, filepath.Join(paths.Dir, "mark")))
 	last := control.Status{
 		Role: control.Primary, Domain: cfg.Domain, UUID: cfg.UUID, Peer: cfg.StandbyURI, Generation: cfg.Generation,
 		Phase: control.Ended, Since: time.Now(), Arbiter: cfg.Arbiter.Type, Automatic: cfg.Arbiter.Automatic,
 		Error: "the replicator was killed; the guest runs on, unprotected",
 		Hint:  "protect it again with virsh migrate --kemari",
 	}
+	if _, err := os.Stat(filepath.Join(paths.Dir, "taken-over")); err == nil {
+		ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+		defer cancel()
+		if err := e.destroy(ctx, id, paths, e.log); err != nil {
+			// Nothing it has sent may be let out, and it is not resumed: what is here is
+			// kept for who starts this once more.
+			return fmt.Errorf("the standby has taken over, and this copy of the guest could not be destroyed; its output stays held; destroy it with virsh destroy %s: %w", cfg.Domain, err)
+		}
+		last.Error, last.Hint = migrate.ErrTakenOver.Error(), hint(migrate.ErrTakenOver)
+	}
+	var errs []error
+	vifs, err := interfacesOf(cfg.DomID)
+	if err != nil {
+		return err
+	}
+	// The network first: that is what somebody outside waits for.
+	errs = append(errs, output.Cleanup(ctx, vifs), xen.CleanupDomain(ctx, cfg.DomID, filepath.Join(paths.Dir, "mark")))
 	errs = append(errs, control.WriteLast(paths, last))
 	return errors.Join(errs...)
 }
