@@ -408,7 +408,6 @@ func newFixture(t tb, x *fakeXen, slots int) *fixture {
 			look: 5 * time.Millisecond, limit: 30 * time.Second,
 		},
 	}
-	f.store.Set("/local/domain/7/control/feature-suspend", "1")
 	f.store.Set("/local/domain/7/control/shutdown", "")
 	f.guest(t, dial())
 	t.Cleanup(func() { f.Close() })

@@ -548,3 +548,61 @@ func TestLabCleanup(t *testing.T) {
 		t.Errorf("%+v, %v", info, err)
 	}
 }
+
+// TestLabMemory writes into a guest that is paused, reads back through other
+// mappings, and puts back what was there.
+func TestLabMemory(t *testing.T) {
+	domid := labDomain(t)
+	d := labOpen(t, domid)
+	if info, err := d.xen.Info(); err != nil || !info.Paused {
+		t.Skipf("the guest is not paused: %v", err)
+	}
+	open := func() *Memory {
+		m, err := OpenMemory(domid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	var pfns []page.PFN
+	for p := page.PFN(0x1000); len(pfns) < 2048; p++ {
+		pfns = append(pfns, p)
+	}
+	before, pattern := make([]byte, len(pfns)*page.Size), make([]byte, len(pfns)*page.Size)
+	for i := range pattern {
+		pattern[i] = byte(i*7 + i>>12)
+	}
+	read := func(m *Memory, to []byte) {
+		for i, p := range pfns {
+			if err := m.ReadPage(p, to[i*page.Size:]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	m := open()
+	defer m.Close()
+	start := time.Now()
+	read(m, before)
+	t.Logf("mapped and read %d pages in %v", len(pfns), time.Since(start))
+	for _, what := range [][]byte{pattern, before} {
+		start := time.Now()
+		if missing, err := m.WritePages(pfns, what); err != nil || len(missing) > 0 {
+			t.Fatal(missing, err)
+		}
+		t.Logf("wrote them in %v", time.Since(start))
+		other, got := open(), make([]byte, len(before))
+		read(other, got)
+		if err := other.Close(); err != nil {
+			t.Error(err)
+		}
+		if !bytes.Equal(got, what) {
+			t.Error("what was written is not what is read")
+		}
+	}
+	if err := m.ReadPage(0xe0000, before); !errors.Is(err, ErrNotPopulated) {
+		t.Errorf("a hole: %v", err)
+	}
+	if err := m.ReadPage(1<<40, before); !errors.Is(err, ErrNotPopulated) {
+		t.Errorf("outside: %v", err)
+	}
+}
