@@ -49,25 +49,22 @@ type domctl struct {
 
 // infoCtl is struct xen_domctl_getdomaininfo.
 type infoCtl struct {
-	domain          uint16
-	_               uint16
-	flags           uint32
-	totPages        uint64
-	maxPages        uint64
-	outstanding     uint64
-	shared          uint64
-	paged           uint64
-	sharedInfoFrame uint64
-	cpuTime         uint64
-	onlineVCPUs     uint32
-	maxVCPU         uint32
-	ssidref         uint32
-	handle          [16]byte
-	cpupool         uint32
-	gpaddrBits      uint8
-	_               [7]uint8
-	emulation       uint32 // arch_config.emulation_flags
-	_               uint32
+	domain      uint16
+	_           uint16
+	flags       uint32
+	totPages    uint64
+	maxPages    uint64
+	_           [4]uint64 // outstanding, shared, paged; frame of shared_info
+	cpuTime     uint64
+	onlineVCPUs uint32
+	maxVCPU     uint32
+	_           uint32 // ssidref
+	handle      [16]byte
+	_           uint32 // cpupool
+	gpaddrBits  uint8
+	_           [7]uint8
+	emulation   uint32 // arch_config.emulation_flags
+	_           uint32
 }
 
 // Flags of infoCtl, XEN_DOMINF_*.
@@ -83,12 +80,12 @@ const (
 
 // shadowCtl is struct xen_domctl_shadow_op.
 type shadowCtl struct {
-	op, mode, mb uint32
-	_            uint32
-	bitmap       uint64
-	pages        uint64
-	faults       uint32
-	dirty        uint32
+	op, mode uint32
+	_        [2]uint32 // mb, padding
+	bitmap   uint64
+	pages    uint64
+	faults   uint32
+	dirty    uint32
 }
 
 // bufferCtl is struct xen_domctl_hvmcontext, and xen_domctl_vcpucontext.
@@ -110,10 +107,9 @@ type tscCtl struct {
 
 // policyCtl is struct xen_domctl_cpu_policy.
 type policyCtl struct {
-	leaves, msrs               uint32
-	leavesPtr, msrsPtr         uint64
-	errLeaf, errSubleaf, errMS uint32
-	_                          uint32
+	leaves, msrs       uint32
+	leavesPtr, msrsPtr uint64
+	_                  [4]uint32 // errors of setting; padding
 }
 
 const (
@@ -167,7 +163,7 @@ type (
 		domain       uint16
 		_            uint16
 		port, status uint32
-		vcpu         uint32
+		_            uint32 // vcpu
 		remote       uint16 // of an unbound port
 		_            uint16
 		_            uint32
