@@ -100,6 +100,7 @@ type Domain struct {
 	stats   Stats
 	begun   bool
 	closed  bool
+	swaps   bool // the guest was seen to give memory back or to get some
 }
 
 // Stats are counts since OpenDomain.
@@ -484,9 +485,12 @@ func (d *Domain) logged(err error) error {
 // ballooned tells whether the guest may have got other memory than what is mapped,
 // and drops the mappings then.
 func (d *Domain) ballooned(info sys.Info) bool {
-	if info.TotPages == d.total {
+	if info.TotPages == d.total && !d.mem.dropped && !d.swaps {
 		return false
 	}
+	// While all is mapped every page that comes back tells. Not so from now on, since
+	// what goes from an unmapped chunk makes up for it: nothing stays mapped any more.
+	d.swaps = true
 	d.mem.dropAll()
 	d.stats.Ballooned++
 	d.total = info.TotPages

@@ -49,6 +49,9 @@ type mapping struct {
 
 	maps     int        // how often a chunk has been mapped
 	vanished []page.PFN // pages copyOut found without memory
+	// dropped: a chunk was unmapped, and with it what the guest had given back of it; so
+	// the number of its pages may have gone down without the guest's doing.
+	dropped bool
 }
 
 type slot struct {
@@ -140,6 +143,7 @@ func (m *mapping) drop(p page.PFN) {
 	if chunk >= uint64(len(m.of)) || m.of[chunk] == 0 {
 		return
 	}
+	m.dropped = true
 	i := m.of[chunk] - 1
 	m.of[chunk] = 0
 	m.slots[i] = slot{chunk: -1}
@@ -155,7 +159,7 @@ func (m *mapping) dropAll() {
 		}
 		m.slots[i] = slot{chunk: -1}
 	}
-	m.used, m.hand = 0, 0
+	m.used, m.hand, m.dropped = 0, 0, false
 }
 
 // copyOut copies pages to data. Pages without memory are taken out of pfns and
@@ -177,6 +181,14 @@ func (m *mapping) copyOut(ctx context.Context, pfns []page.PFN, data []byte) (in
 		ok, err := m.have(p)
 		if errors.Is(err, errPinned) {
 			if err = flush(); err == nil {
+				ok, err = m.have(p)
+			}
+		}
+		if err == nil && !ok {
+			// It may have got memory after its chunk was mapped. What is to be copied of that
+			// chunk goes first, since it is mapped anew.
+			if err = flush(); err == nil {
+				m.drop(p)
 				ok, err = m.have(p)
 			}
 		}
