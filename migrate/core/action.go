@@ -87,8 +87,9 @@ const (
 	Apply
 	// TakeOver resumes the guest from Epoch. TookOver or TakeOverFailed.
 	// Before: the promise made to the primary has run out, and the arbiter has granted
-	// it; without an arbiter, see the package's comment. Epoch is committed, and
-	// whatever else is staged is dropped.
+	// it, which still holds: what a take-over does besides running the guest, such as
+	// to announce it, a Pause does not undo. Without an arbiter, see the package's
+	// comment. Epoch is committed, and whatever else is staged is dropped.
 	TakeOver
 	// DropCopy destroys the copy. CopyDropped.
 	DropCopy

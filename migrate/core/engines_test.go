@@ -105,8 +105,12 @@ func (w *world) sendFrame(from int, f frame) {
 	if c == nil || !c.open[from] {
 		return
 	}
+	if f.m.Type == core.Hello {
+		w.hello = f.m.Round
+	}
 	if t := w.tamper[from]; t != 0 && f.m.Type != core.Hello && f.m.Type != core.Welcome {
 		w.tamper[from] = 0
+		w.disturb(w.now)
 		w.done[t]++
 		switch t {
 		case loseFrame:
@@ -115,10 +119,12 @@ func (w *world) sendFrame(from int, f frame) {
 			return
 		case repeatFrame:
 			w.queue(from, c, f)
+			if w.tamperHow&1 == 0 { // later: what was true once is no more
+				w.keepBack(from, f)
+				return
+			}
 		case swapFrames:
-			i := w.take()
-			w.slab[i] = f
-			w.keep[from] = i
+			w.keepBack(from, f)
 			return
 		case forgeFrame:
 			w.forge(&f)
@@ -171,6 +177,16 @@ func (w *world) forge(f *frame) {
 			f.m.Generation++
 		}
 	}
+}
+
+// keepBack lets f arrive after the next frame.
+func (w *world) keepBack(from int, f frame) {
+	if k := w.keep[from]; k >= 0 {
+		w.give(k)
+	}
+	i := w.take()
+	w.slab[i] = f
+	w.keep[from] = i
 }
 
 func (w *world) queue(from int, c *conn, f frame) {
@@ -314,8 +330,11 @@ func (w *world) actStandby(a *core.Action) {
 				w.violate("the standby takes over by itself")
 			}
 		case core.WithArbiter:
-			if !w.granted[standby] {
+			switch {
+			case !w.granted[standby]:
 				w.violate("the standby takes over without a grant")
+			case w.active != standby || w.expired():
+				w.violate("one runner: the standby takes over on a grant that has run out")
 			}
 		}
 		if w.outside > w.fork && !w.fair && !(w.cfg.Arbitration == core.NoArbiter && w.flowed) {
@@ -346,6 +365,12 @@ func (w *world) apply() {
 
 // askArbiter sends a question on its way. It is answered once, be it by no answer.
 func (w *world) askArbiter(who int, q core.Question) {
+	if w.freezeAsk > 0 && w.freeze(who, w.now+w.freezeAsk) {
+		w.logf("%s: freezes for %v, having asked", sides[who], timeText(w.freezeAsk))
+		w.disturb(w.now + w.freezeAsk)
+		w.freezeAsk = 0
+		w.done[freezeAsker]++
+	}
 	w.asks++
 	w.open[who] = w.asks
 	if w.now >= w.noAsk {
@@ -485,6 +510,9 @@ func (w *world) frame(it item) {
 			if f.m.Echo > 0 && f.m.Echo <= h.local(w.now) {
 				w.echoAt = max(w.echoAt, h.real(f.m.Echo)-2)
 			}
+		}
+		if genuine && f.m.Type == core.Welcome {
+			w.welcomed = c.round
 		}
 		w.step(primary, core.Event{Kind: core.Received, Message: f.m})
 		if genuine && f.m.Type == core.Over && w.p.State() != core.PrimaryOver && w.guest && !w.paused {

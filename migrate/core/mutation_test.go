@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -168,7 +169,7 @@ var mutants = []mutant{
 	{
 		"a request to end leads to an end", "primary_time.go",
 		edit("p.told != p.round {", "p.told != p.round && p.epoch == 0 {"),
-		"",
+		"a request to end",
 	},
 }
 
@@ -205,7 +206,7 @@ func TestMutants(t *testing.T) {
 			if err := os.WriteFile(list, overlay, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			cmd := exec.Command("go", "test", "-overlay", list, "-vet=off", "-count=1", "-run", "^TestSimulation$", ".")
+			cmd := exec.Command("go", "test", "-overlay", list, "-vet=off", "-count=1", "-run", "^TestSimulation$", ".", "-sim.first", strconv.FormatUint(*simFirst, 10))
 			cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
 			out, err := cmd.CombinedOutput()
 			switch {

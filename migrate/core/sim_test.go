@@ -25,6 +25,7 @@ var (
 	simSeed   = flag.Uint64("sim.seed", 0, "run only this simulated world, with a trace")
 	simWhole  = flag.Bool("sim.whole", false, "print the whole trace, not only its end")
 	simFaults = flag.Int64("sim.faults", 1_000_000, "how many faults to simulate")
+	simFirst  = flag.Uint64("sim.first", 1, "the number of the first world to simulate, from 1")
 )
 
 const (
@@ -60,6 +61,7 @@ const (
 	loseQuestions
 	loseAnswers
 	slowArbiter
+	freezeAsker // who next asks the arbiter, before it answers
 	loseDirty
 	loseDirtyUnseen // found only when the bitmap is read
 	powerPrimary
@@ -77,7 +79,7 @@ const (
 
 var faultNames = [faultKinds]string{
 	"cut there", "cut back", "cut both", "slow there", "slow back", "reset", "reset one", "lose frame", "repeat frame", "swap frames", "forge frame",
-	"freeze primary", "freeze standby", "freeze both", "lose questions", "lose answers", "slow arbiter", "lose dirty", "lose dirty unseen",
+	"freeze primary", "freeze standby", "freeze both", "lose questions", "lose answers", "slow arbiter", "freeze asker", "lose dirty", "lose dirty unseen",
 	"power primary", "power standby", "kill primary", "kill standby", "stop primary", "stop standby", "end guest", "fail over", "fail primary", "fail standby",
 }
 
@@ -110,6 +112,10 @@ func plan(r *rand.Rand, buf []fault) []fault {
 			t += pace * span(r) / 8
 		}
 	}
+	if r.IntN(8) == 0 { // the end is asked for in peace
+		ends := [...]faultKind{stopPrimary, failPrimary, stopStandby, failStandby, endGuest}
+		buf = append(buf, fault{at: t + 6*simTimeout + 2*peaceAfter, kind: ends[r.IntN(len(ends))]})
+	}
 	return buf
 }
 
@@ -126,6 +132,42 @@ func span(r *rand.Rand) core.Time {
 		return core.Time(r.Int64N(int64(2 * simTimeout)))
 	default:
 		return core.Time(r.Int64N(int64(6 * simTimeout)))
+	}
+}
+
+// Peace is when no fault has had an effect for peaceAfter. If the end is asked for
+// then, both hosts are done within endWithin.
+const (
+	peaceAfter = 1000 * ms
+	endWithin  = 1000 * ms
+)
+
+// peace reports whether there is, and a connection that both know to be up, and
+// nobody has asked for the end before: that request may have been lost.
+func (w *world) peace() bool {
+	if w.now < w.quiet || w.p == nil || w.s == nil || w.active == 2 {
+		return false
+	}
+	for i := range w.hosts {
+		if h := &w.hosts[i]; !h.on || !h.alive || h.frozen != 0 {
+			return false
+		}
+	}
+	c := w.conn(w.welcomed)
+	return !w.asked && c != nil && c.open == [2]bool{true, true} && w.rxRound == w.welcomed && w.p.Round() == w.welcomed &&
+		w.p.State() < core.Asking && w.s.State() < core.Judging
+}
+
+// disturb: a fault has an effect until then.
+func (w *world) disturb(until core.Time) {
+	w.quiet, w.inPeace = max(w.quiet, until+peaceAfter), false
+}
+
+// askEnd: somebody wants protection to end.
+func (w *world) askEnd(peace bool) {
+	w.asked, w.inPeace = true, peace
+	if peace {
+		w.push(w.now+endWithin, item{kind: itEnded})
 	}
 }
 
@@ -153,13 +195,15 @@ func (w *world) kill(who int) {
 func (w *world) inject(f fault) {
 	w.logf("fault: %s %v", faultNames[f.kind], timeText(f.d))
 	until := w.now + f.d
+	peace := w.peace()
+	w.disturb(until)
 	p, s := &w.hosts[0], &w.hosts[1]
 	switch f.kind {
 	case cutThere, cutBack, cutBoth, slowThere, slowBack, loseFrame, repeatFrame, swapFrames, forgeFrame:
 		if !p.on || !s.on {
 			return
 		}
-	case loseQuestions, loseAnswers, slowArbiter:
+	case loseQuestions, loseAnswers, slowArbiter, freezeAsker:
 		if w.cfg.Arbitration != core.WithArbiter {
 			return
 		}
@@ -214,6 +258,9 @@ func (w *world) inject(f fault) {
 		w.noAnswer = max(w.noAnswer, until)
 	case slowArbiter:
 		w.slowAsk, w.slowEnd = f.d, w.now+simTimeout
+	case freezeAsker:
+		w.freezeAsk = f.d
+		return // it counts when somebody asks
 	case loseDirty, loseDirtyUnseen:
 		if !w.guest || w.p == nil {
 			return
@@ -243,11 +290,14 @@ func (w *world) inject(f fault) {
 		}
 		w.kill(standby)
 	case stopPrimary, failPrimary:
+		w.askEnd(peace)
 		w.endAsked = min(w.endAsked, w.now)
 		w.later(0, primary, core.Event{Kind: plain[f.kind]})
 	case stopStandby, failStandby:
+		w.askEnd(peace)
 		w.later(0, standby, core.Event{Kind: plain[f.kind]})
 	case endGuest:
+		w.askEnd(peace)
 		w.guest = false
 		w.endAsked = min(w.endAsked, w.now)
 		w.later(0, primary, core.Event{Kind: core.GuestEnded})
@@ -325,7 +375,7 @@ func TestSimulation(t *testing.T) {
 		}
 		return
 	}
-	var seeds, faults, steps atomic.Int64
+	var worlds, faults, steps atomic.Int64
 	var mu sync.Mutex
 	var total [faultKinds]int64
 	var failed atomic.Uint64
@@ -336,7 +386,7 @@ func TestSimulation(t *testing.T) {
 			w := &world{}
 			var buf []fault
 			for faults.Load() < *simFaults && failed.Load() == 0 {
-				seed := uint64(seeds.Add(1))
+				seed := *simFirst + uint64(worlds.Add(1)) - 1
 				buf = faultsOf(seed, buf)
 				w.steps = 0
 				if simulate(w, seed, buf) != "" {
@@ -365,5 +415,5 @@ func TestSimulation(t *testing.T) {
 	for i, n := range total {
 		kinds = append(kinds, fmt.Sprintf("%s %d", faultNames[i], n))
 	}
-	t.Logf("%d faults in %d worlds, %d steps, %v: %s", faults.Load(), seeds.Load(), steps.Load(), time.Since(began).Round(time.Millisecond), strings.Join(kinds, ", "))
+	t.Logf("%d faults in %d worlds, %d steps, %v: %s", faults.Load(), worlds.Load(), steps.Load(), time.Since(began).Round(time.Millisecond), strings.Join(kinds, ", "))
 }

@@ -23,6 +23,7 @@ const (
 	itGuest                   // the guest does something
 	itRecover                 // what cleans up behind a killed primary
 	itTaken                   // TakeOver is done
+	itEnded                   // protection has to be over
 )
 
 type item struct {
@@ -91,7 +92,9 @@ type world struct {
 	latency   core.Time
 	tamper    [2]faultKind // of the next frame; 0: none
 	tamperHow uint32
-	keep      [2]int32 // a frame to be overtaken by the next; -1: none
+	keep      [2]int32   // a frame to be overtaken by the next; -1: none
+	hello     core.Round // of the last Hello that was sent
+	welcomed  core.Round // of the last Welcome that arrived
 
 	// The arbiter. active 2 is somebody else.
 	round            core.Round
@@ -100,6 +103,7 @@ type world struct {
 	expires          core.Time
 	noAsk, noAnswer  core.Time
 	slowAsk, slowEnd core.Time
+	freezeAsk        core.Time // for so long who asks next is frozen; 0: not
 	granted          [2]bool
 	asks             uint32
 	open             [2]uint32 // the Ask not answered yet
@@ -126,7 +130,10 @@ type world struct {
 	tx              core.Tally
 	heardAt, echoAt core.Time // what the primary really heard
 	endAsked        core.Time
-	flowed          bool // went alone while the standby was armed
+	quiet           core.Time // when all faults so far are over, and what came of them
+	asked           bool      // somebody wants an end
+	inPeace         bool      // the end was asked for in peace, and nothing happened since
+	flowed          bool      // went alone while the standby was armed
 	outside         uint32
 
 	// The standby's copy.
@@ -361,10 +368,16 @@ func (w *world) runners() {
 	if p && s && !w.fair {
 		w.violate("one runner: both copies run")
 	}
-	if w.active == 2 && (p && w.granted[0] && w.uncoveredP() || s && w.granted[1] && w.s != nil && w.s.State() != core.StandbyOver) {
-		w.violate("one runner: a grant that ran out is still used")
+	used := [2]bool{p && w.uncoveredP(), s && w.s != nil && w.s.State() != core.StandbyOver}
+	for who := range used {
+		if used[who] && w.granted[who] && (w.active == 2 || w.active == uint8(who) && w.expired()) {
+			w.violate("one runner: a grant that ran out is still used")
+		}
 	}
 }
+
+// expired reports whether what the arbiter has granted last has run out.
+func (w *world) expired() bool { return w.ttl > 0 && w.round > 0 && w.now > w.expires }
 
 func (w *world) uncoveredP() bool {
 	return w.p != nil && (w.p.State() == core.Alone || w.p.State() == core.Copying)
@@ -410,6 +423,11 @@ func (w *world) item(it item) {
 		f := w.slab[it.a]
 		w.give(it.a)
 		w.judged(it.host, f)
+		return
+	case itEnded:
+		if w.inPeace && (w.p.State() != core.PrimaryOver || w.s.State() != core.StandbyOver) {
+			w.violate("a request to end: nothing disturbs it, but %v later the primary is %v, the standby %v", timeText(endWithin), w.p.State(), w.s.State())
+		}
 		return
 	case itThaw:
 		if h.on && h.frozen != 0 && w.now >= h.frozen {
@@ -486,7 +504,12 @@ func (w *world) process(it item) {
 				return
 			}
 			w.open[it.host] = 0
-			w.granted[it.host] = f.e.Verdict == core.Granted || w.granted[it.host] && f.e.Verdict == core.NoAnswer
+			switch {
+			case f.e.Verdict == core.Denied:
+				w.granted[it.host] = false
+			case f.e.Verdict == core.Granted && (it.host == standby || f.e.Question.Round >= w.hello): // else it was given up
+				w.granted[it.host] = true
+			}
 		}
 		w.step(int(it.host), f.e)
 	case itDial:
