@@ -70,7 +70,6 @@ func TestLab(t *testing.T) {
 	t.Run("refusals", testRefusals)
 	t.Run("hvm", testHVM)
 	t.Run("failover", testFailover)
-	t.Run("autostart", testAutostart)
 	for _, c := range []struct {
 		name string
 		f    func(*testing.T)
@@ -87,32 +86,6 @@ func TestLab(t *testing.T) {
 			c.f(t)
 		})
 	}
-}
-
-// testAutostart: a guest whose XML asks for it is protected by being started.
-func testAutostart(t *testing.T) {
-	lab(t, 10*time.Minute, "reset", "ready")
-	on(t, 1, `sed -e "s|</domain>|<kemari autostart='yes'><standby uri='kemari+ssh://xen2/system'/><heartbeat interval='100' timeout='1500' unit='ms'/><arbiter type='none' automatic='yes'/></kemari></domain>|" /var/lib/kemari-lab/g1.xml > /root/auto.xml`)
-	on(t, 1, "/usr/bin/virsh -q -c kemari:///system define /root/auto.xml")
-	if out := on(t, 1, "/usr/bin/virsh -c kemari:///system dumpxml g1"); !regexp.MustCompile(`(?m)^  <kemari[^>]* autostart='yes'`).MatchString(out) {
-		t.Errorf("no element at the top level:\n%s", out)
-	}
-	if out := on(t, 1, "/usr/bin/virsh -c xen:///system dumpxml g1"); !strings.Contains(out, "urn:kemari:domain:1.0") {
-		t.Errorf("no element in libvirt's own metadata:\n%s", out)
-	}
-	on(t, 1, "/usr/bin/virsh -q -c kemari:///system start g1")
-	eventually(t, 5*time.Minute, "the guest is protected", func() bool { return status(t, 1).Phase == control.Protected })
-	if out := on(t, 2, "/usr/bin/virsh -q -c kemari:///system list --all"); !regexp.MustCompile(`g1 +paused`).MatchString(out) {
-		t.Errorf("xen2 lists\n%s", out)
-	}
-	refused(t, 2, "/usr/bin/virsh -q -c kemari:///system start g1", "standby")
-	if out := on(t, 1, "/usr/bin/virsh -c kemari:///system domjobinfo g1"); !strings.Contains(out, "Job type") {
-		t.Errorf("domjobinfo: %s", out)
-	}
-	on(t, 1, "/usr/bin/virsh -q -c kemari:///system destroy g1")
-	eventually(t, time.Minute, "protection has ended", func() bool { return status(t, 1).Phase == control.Ended })
-	eventually(t, time.Minute, "the shadow has ended on xen2", func() bool { return !strings.Contains(on(t, 2, "xl list"), "g1") })
-	on(t, 1, "/usr/bin/virsh -q -c kemari:///system undefine g1")
 }
 
 // TestLabBookworm is the main story on Debian 12: Xen 4.17, libvirt 9.0, Linux 6.1.
@@ -339,11 +312,6 @@ func testRefusals(t *testing.T) {
 	on(t, 1, `sed -e 's/<memory unit=.MiB.>128</<memory unit="MiB">160</' -e 's|</memory>|&<currentMemory unit="MiB">128</currentMemory>|' -e s/0000a1/0000b1/ -e s/g1/g2/ -e s/3e:00:00:01/3e:00:00:02/ /var/lib/kemari-lab/g1.xml > /root/g2.xml && virsh -q -c xen:///system create /root/g2.xml`)
 	refused(t, 1, migrate+"g2 kemari+ssh://xen2/system", "currentMemory")
 	on(t, 1, "virsh -q -c xen:///system destroy g2")
-	// A PV guest cannot be log-dirtied by this Xen.
-	on(t, 1, `sed -e 's|machine=.xenpvh.>xenpvh<|machine="xenpv">linux<|' -e s/0000a1/0000c1/ -e s/g1/pv1/ -e s/3e:00:00:01/3e:00:00:03/ -e 's/>128</>64</' /var/lib/kemari-lab/g1.xml > /root/pv1.xml && virsh -q -c xen:///system create /root/pv1.xml`)
-	refused(t, 1, migrate+"pv1 kemari+ssh://xen2/system", "PV")
-	refused(t, 1, "kemari check pv1", "PV")
-	on(t, 1, "virsh -q -c xen:///system destroy pv1")
 	// The other host has no Kemari.
 	on(t, 2, "systemctl stop virtkemarid.socket virtkemarid-ro.socket virtkemarid.service")
 	refused(t, 1, migrate+"g1 kemari+ssh://xen2/system", "virtkemarid.socket")
