@@ -140,7 +140,6 @@ type world struct {
 	copyThere     bool
 	smem, staging [memory]uint32
 	stMask        uint8
-	stDepth       uint32
 	unapplied     bool
 	comDepth      uint32
 	comMem        [memory]uint32

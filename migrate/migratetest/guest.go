@@ -309,7 +309,6 @@ type Output struct {
 	armed    bool
 	notice   chan struct{}
 	released []uint64
-	passed   uint64 // last one that left by Pass or Close
 	closed   bool
 	gone     func() bool // the guest has been destroyed: nothing of it comes through
 }

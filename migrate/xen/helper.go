@@ -31,7 +31,6 @@ type firstCheckpoint struct {
 	done     chan struct{} // closed when it has returned; cost and err are valid then
 	cost     migrate.Checkpoint
 	err      error
-	total    int // pages handed over
 }
 
 // NewHelper makes g what the engine wants.
