@@ -14,7 +14,7 @@ import (
 )
 
 // connectTimeout bounds the way to the standby's first answer.
-const connectTimeout = 45 * time.Second
+const connectTimeout = 60 * time.Second
 
 // abortTimeout bounds the end of a protection on both hosts.
 const abortTimeout = 60 * time.Second
