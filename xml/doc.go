@@ -3,7 +3,8 @@
 //	<metadata>
 //	  <kemari xmlns='urn:kemari:domain:1.0' autostart='yes'>
 //	    <standby uri='kemari+ssh://xen2/system'/>
-//	    <checkpoint trigger='output' min='5' max='200' unit='ms'/>
+//	    <transport type='tls'/>
+//	    <checkpoint trigger='output' min='5' max='200' unit='ms' paused='30%'/>
 //	    <heartbeat interval='100' timeout='500' unit='ms'/>
 //	    <arbiter type='none' automatic='yes'/>
 //	  </kemari>

@@ -96,9 +96,9 @@ func (d *document) add(block string) edit {
 	return d.insert(d.root, after, "<metadata>\n  "+indented(block, "  ")+"\n</metadata>")
 }
 
-// ForStandby returns the domain as it shall run on the standby: its bridge
-// interfaces plugged by vifScript, and without what belongs to the running
-// domain of the primary alone.
+// ForStandby returns the domain as it shall run on the standby: its interfaces
+// attached by vifScript, and without what belongs to the running domain of the
+// primary alone.
 func ForStandby(domainXML, vifScript string) (string, error) {
 	if !filepath.IsAbs(vifScript) {
 		return "", fmt.Errorf("hotplug script '%s' is not an absolute path", vifScript)
@@ -156,11 +156,12 @@ func (d *document) standbyInterface(dev *node, vifScript string) []edit {
 			edits = append(edits, d.remove(c))
 		}
 	}
-	if dev.attr("type") != "bridge" {
+	old := dev.named("script")
+	vifScript, ok := standbyScript(dev, vifScript)
+	if !ok {
 		return edits
 	}
 	script := "<script path=" + quote(vifScript) + "/>"
-	old := dev.named("script")
 	for i, c := range old {
 		if i == 0 {
 			edits = append(edits, edit{c.start, c.end, script})
@@ -172,6 +173,36 @@ func (d *document) standbyInterface(dev *node, vifScript string) []edit {
 		edits = append(edits, d.insert(dev, dev.first("source"), script))
 	}
 	return edits
+}
+
+// standbyScript returns what vifScript is called in place of one of Xen's hotplug
+// scripts; it says no where the interface has another one, or may have none.
+func standbyScript(dev *node, vifScript string) (string, bool) {
+	switch dev.attr("type") {
+	case "bridge", "ethernet": // libvirt's libxl driver takes no script for others
+	default:
+		return "", false
+	}
+	ours := filepath.Base(vifScript)
+	dir, name := filepath.Split(dev.first("script").attr("path"))
+	switch {
+	case name == "" && dev.first("virtualport").attr("type") == "openvswitch":
+		name = "vif-openvswitch" // so does libvirt
+	case name == "":
+		name = "vif-bridge"
+	case strings.HasPrefix(name, ours): // it has been here before
+	case dir != "" && dir != "/etc/xen/scripts/":
+		return "", false
+	}
+	switch name {
+	case "vif-bridge", ours:
+		return vifScript, true
+	case "vif-openvswitch", ours + "-openvswitch":
+		return vifScript + "-openvswitch", true
+	case "vif-route", ours + "-route":
+		return vifScript + "-route", true
+	}
+	return "", false
 }
 
 // UUID returns a domain's UUID in libvirt's form: lower case, with hyphens.

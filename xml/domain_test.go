@@ -56,6 +56,48 @@ func TestForStandbyOdd(t *testing.T) {
 	}
 }
 
+// TestStandbyScript: each of Xen's scripts has its counterpart, and anybody's own
+// stays.
+func TestStandbyScript(t *testing.T) {
+	const own = "/usr/libexec/kemari/vif-kemari"
+	for _, tt := range []struct{ typ, virtualport, script, want string }{
+		{"bridge", "", "", own},
+		{"bridge", "", "vif-bridge", own},
+		{"bridge", "", "/etc/xen/scripts/vif-bridge", own},
+		{"bridge", "openvswitch", "", own + "-openvswitch"},
+		{"bridge", "openvswitch", "vif-openvswitch", own + "-openvswitch"},
+		{"bridge", "", "vif-openvswitch", own + "-openvswitch"},
+		{"ethernet", "", "vif-route", own + "-route"},
+		{"ethernet", "", "/etc/xen/scripts/vif-route", own + "-route"},
+		{"ethernet", "", "", own}, // libxl takes vif-bridge
+		{"ethernet", "", "/opt/kemari/vif-kemari-route", own + "-route"},
+		{"bridge", "openvswitch", own + "-openvswitch", own + "-openvswitch"},
+		{"bridge", "", "vif-nat", "vif-nat"},
+		{"ethernet", "", "/opt/vif-route", "/opt/vif-route"},
+		{"network", "", "", ""},
+	} {
+		in := "<domain><devices><interface type='" + tt.typ + "'>"
+		if tt.virtualport != "" {
+			in += "<virtualport type='" + tt.virtualport + "'/>"
+		}
+		if tt.script != "" {
+			in += "<script path='" + tt.script + "'/>"
+		}
+		out, err := ForStandby(in+"</interface></devices></domain>", own)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := parseDomain(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := d.root.first("devices").first("interface")
+		if got := i.first("script").attr("path"); got != tt.want || i.first("virtualport").attr("type") != tt.virtualport {
+			t.Errorf("%+v: %s", tt, out)
+		}
+	}
+}
+
 const element = "<kemari xmlns='urn:kemari:domain:1.0' autostart='no'>\n" +
 	"  <checkpoint trigger='output' min='5' max='200' unit='ms'/>\n" +
 	"  <heartbeat interval='100' timeout='500' unit='ms'/>\n" +

@@ -21,6 +21,7 @@ const MaxSize = 64 << 10
 type Element struct {
 	Autostart  bool // every start of the guest protects it
 	Standby    *Standby
+	Transport  string
 	Checkpoint Checkpoint
 	Heartbeat  Heartbeat
 	Arbiter    *Arbiter // nil: nobody decides, so there is no automatic failover
@@ -29,6 +30,16 @@ type Element struct {
 // Standby is the host that takes over.
 type Standby struct{ URI string }
 
+// The transports.
+const (
+	TransportTLS = "tls" // TLS with certificates made for each protection
+	TransportPKI = "pki" // TLS with libvirt's own certificates
+	TransportTCP = "tcp" // in the clear
+)
+
+// Transports are those that are known.
+var Transports = []string{TransportTLS, TransportPKI, TransportTCP}
+
 // The triggers of a checkpoint.
 const (
 	TriggerOutput   = "output"   // the first output the guest makes in the epoch
@@ -36,11 +47,15 @@ const (
 )
 
 // Checkpoint says when checkpoints are taken: by the trigger, but not sooner than
-// Min and not later than Max after the last one.
+// Min and not later than Max after the last one; and later than that where the guest
+// would stand still for more than Paused percent of the time. 100 is no bound.
 type Checkpoint struct {
 	Trigger  string
 	Min, Max time.Duration
+	Paused   int
 }
+
+const defaultPaused = 30
 
 // Heartbeat is how often the hosts show that they live, and how long silence is
 // borne.
@@ -67,7 +82,8 @@ const (
 // Default is what holds where the element says nothing.
 func Default() *Element {
 	return &Element{
-		Checkpoint: Checkpoint{Trigger: TriggerOutput, Min: 5 * time.Millisecond, Max: 200 * time.Millisecond},
+		Transport:  TransportTLS,
+		Checkpoint: Checkpoint{Trigger: TriggerOutput, Min: 5 * time.Millisecond, Max: 200 * time.Millisecond, Paused: defaultPaused},
 		Heartbeat:  Heartbeat{Interval: 100 * time.Millisecond, Timeout: 500 * time.Millisecond},
 	}
 }
@@ -94,6 +110,10 @@ func (e *Element) Validate() error {
 		bad("kemari/@autostart", "'yes' needs a <standby uri='kemari+ssh://HOST/system'/> that says where to")
 	}
 
+	if !slices.Contains(Transports, e.Transport) {
+		bad("kemari/transport/@type", "unknown value '%s'; allowed: %s", e.Transport, strings.Join(Transports, ", "))
+	}
+
 	c := e.Checkpoint
 	if c.Trigger != TriggerOutput && c.Trigger != TriggerInterval {
 		bad("kemari/checkpoint/@trigger", "unknown value '%s'; allowed: output, interval", c.Trigger)
@@ -102,6 +122,10 @@ func (e *Element) Validate() error {
 	between("kemari/checkpoint/@max", c.Max, minCheckpoint, maxCheckpoint)
 	if c.Min > c.Max {
 		bad("kemari/checkpoint", "min %d is more than max %d", c.Min.Milliseconds(), c.Max.Milliseconds())
+	}
+
+	if c.Paused < 1 || c.Paused > 100 {
+		bad("kemari/checkpoint/@paused", "%d%% is out of range; allowed: 1%% to 100%%", c.Paused)
 	}
 
 	h := e.Heartbeat
@@ -197,14 +221,17 @@ func parseElement(n *node) (*Element, error) {
 		case "standby":
 			a := r.attrs(c, place, "uri")
 			e.Standby = &Standby{URI: a["uri"]}
+		case "transport":
+			e.Transport = r.attrs(c, place, "type")["type"]
 		case "checkpoint":
-			a := r.attrs(c, place, "trigger", "min", "max", "unit")
+			a := r.attrs(c, place, "trigger", "min", "max", "unit", "paused")
 			if t, ok := a["trigger"]; ok {
 				e.Checkpoint.Trigger = t
 			}
 			r.ms(place, a, "min", &e.Checkpoint.Min)
 			r.ms(place, a, "max", &e.Checkpoint.Max)
 			r.unit(place, a)
+			r.percent(place, a, "paused", &e.Checkpoint.Paused)
 		case "heartbeat":
 			a := r.attrs(c, place, "interval", "timeout", "unit")
 			r.ms(place, a, "interval", &e.Heartbeat.Interval)
@@ -219,10 +246,10 @@ func parseElement(n *node) (*Element, error) {
 			a := r.attrs(c, place, "type", "automatic")
 			e.Arbiter = &Arbiter{Type: a["type"], Automatic: r.yesNo(place, a, "automatic")}
 		case "disk":
-			r.fail(place, "the replication of disks is not supported yet; allowed: standby, checkpoint, heartbeat, arbiter")
+			r.fail(place, "the replication of disks is not supported yet; allowed: standby, transport, checkpoint, heartbeat, arbiter")
 			continue
 		default:
-			r.fail(place, "unknown element; allowed: standby, checkpoint, heartbeat, arbiter")
+			r.fail(place, "unknown element; allowed: standby, transport, checkpoint, heartbeat, arbiter")
 			continue
 		}
 		if len(c.children) > 0 {
@@ -294,6 +321,20 @@ func (r *reader) ms(place string, a map[string]string, name string, d *time.Dura
 	*d = time.Duration(n) * time.Millisecond
 }
 
+func (r *reader) percent(place string, a map[string]string, name string, to *int) {
+	v, ok := a[name]
+	if !ok {
+		return
+	}
+	digits, percent := strings.CutSuffix(v, "%")
+	n, err := strconv.ParseUint(digits, 10, 31) // Validate knows the real bounds
+	if err != nil || !percent {
+		r.fail(place+"/@"+name, "'%s' is not a percentage; allowed: 1%% to 100%%", v)
+		return
+	}
+	*to = int(n)
+}
+
 func (r *reader) unit(place string, a map[string]string) {
 	if v, ok := a["unit"]; ok && v != "ms" {
 		r.fail(place+"/@unit", "unknown value '%s'; allowed: ms", v)
@@ -317,8 +358,15 @@ func (e *Element) Format() ([]byte, error) {
 	if e.Standby != nil {
 		fmt.Fprintf(&b, "  <standby uri=%s/>\n", quote(e.Standby.URI))
 	}
+	if e.Transport != TransportTLS {
+		fmt.Fprintf(&b, "  <transport type='%s'/>\n", e.Transport)
+	}
 	c, h := e.Checkpoint, e.Heartbeat
-	fmt.Fprintf(&b, "  <checkpoint trigger='%s' min='%d' max='%d' unit='ms'/>\n", c.Trigger, c.Min.Milliseconds(), c.Max.Milliseconds())
+	fmt.Fprintf(&b, "  <checkpoint trigger='%s' min='%d' max='%d' unit='ms'", c.Trigger, c.Min.Milliseconds(), c.Max.Milliseconds())
+	if c.Paused != defaultPaused {
+		fmt.Fprintf(&b, " paused='%d%%'", c.Paused)
+	}
+	b.WriteString("/>\n")
 	fmt.Fprintf(&b, "  <heartbeat interval='%d' timeout='%d' unit='ms'/>\n", h.Interval.Milliseconds(), h.Timeout.Milliseconds())
 	if e.Arbiter != nil {
 		fmt.Fprintf(&b, "  <arbiter type='%s' automatic=%s/>\n", e.Arbiter.Type, yesNo(e.Arbiter.Automatic))

@@ -121,9 +121,11 @@ func genElement(t *rapid.T) *Element {
 		e.Standby = &Standby{URI: "kemari+ssh://" + rapid.StringMatching(`([a-z]{1,5}@)?x[a-z0-9.-]{0,20}(:[1-9][0-9]{0,3})?/system(\?[a-z]=[a-z&'"<>]{0,9})?`).Draw(t, "uri")}
 		e.Autostart = rapid.Bool().Draw(t, "autostart")
 	}
+	e.Transport = rapid.SampledFrom(Transports).Draw(t, "transport")
 	e.Checkpoint.Trigger = rapid.SampledFrom([]string{TriggerOutput, TriggerInterval}).Draw(t, "trigger")
 	e.Checkpoint.Max = ms("max", 1, 10000)
 	e.Checkpoint.Min = ms("min", 1, int(e.Checkpoint.Max.Milliseconds()))
+	e.Checkpoint.Paused = rapid.IntRange(1, 100).Draw(t, "paused")
 	e.Heartbeat.Interval = ms("interval", 10, 10000)
 	e.Heartbeat.Timeout = ms("timeout", 3*int(e.Heartbeat.Interval.Milliseconds()), 60000)
 	if rapid.Bool().Draw(t, "arbiter") {

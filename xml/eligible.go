@@ -45,6 +45,12 @@ func Ineligible(domainXML string) []Reason {
 	return append(rs, deviceReasons(d.root.first("devices"))...)
 }
 
+// HasDeviceModel tells whether a domain is an HVM guest, which has a device model.
+func HasDeviceModel(domainXML string) bool {
+	d, err := parseDomain(domainXML)
+	return err == nil && d.root.first("os").first("type").trimmed() == "hvm"
+}
+
 func memoryReasons(d *document) []Reason {
 	memory, err := kib(d.root.first("memory"))
 	if err != nil {
@@ -101,18 +107,25 @@ func deviceReasons(devices *node) []Reason {
 		})
 	}
 	for _, i := range devices.named("interface") {
+		if b := i.first("backenddomain"); b != nil {
+			rs = append(rs, Reason{
+				fmt.Sprintf("output of an interface that domain '%s' serves cannot be held back", b.attr("name")),
+				"remove <backenddomain>, so that the host serves it",
+			})
+		}
 		switch typ := i.attr("type"); {
 		case typ == "hostdev":
 			rs = append(rs, passthrough("network device"))
-		case typ != "bridge":
+		case typ != "bridge" && typ != "ethernet":
 			rs = append(rs, Reason{
-				fmt.Sprintf("output of an interface of type '%s' cannot be held back", typ),
-				"use <interface type='bridge'>",
+				fmt.Sprintf("an interface of type '%s' is not supported", typ),
+				"use <interface type='bridge'>, or for a routed one 'ethernet' with <script path='vif-route'/>",
 			})
-		case i.first("virtualport") != nil:
+		}
+		if v := i.first("virtualport"); v != nil && v.attr("type") != "openvswitch" {
 			rs = append(rs, Reason{
-				fmt.Sprintf("an interface with a virtual port of type '%s' is not supported yet", i.first("virtualport").attr("type")),
-				"use a Linux bridge",
+				fmt.Sprintf("an interface with a virtual port of type '%s' is not supported", v.attr("type")),
+				"use a Linux bridge, or Open vSwitch with <virtualport type='openvswitch'/>",
 			})
 		}
 	}

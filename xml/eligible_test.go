@@ -9,6 +9,8 @@ func TestEligible(t *testing.T) {
 	for name, in := range map[string]string{
 		"live":               domain(t, "live"),
 		"no interface":       pvh("", ""),
+		"Open vSwitch":       pvh("", "<interface type='bridge'><virtualport type='openvswitch'/></interface>"),
+		"routed":             pvh("", "<interface type='ethernet'><script path='vif-route'/><ip address='192.0.2.7'/></interface>"),
 		"memory, one in MiB": pvh("<currentMemory unit='KiB'>131072</currentMemory>", ""),
 	} {
 		if r := Ineligible(in); r != nil {
@@ -21,6 +23,22 @@ func TestEligible(t *testing.T) {
 func pvh(top, devices string) string {
 	return "<domain type='xen'><memory unit='MiB'>128</memory>" + top +
 		"<os><type machine='xenpvh'>xenpvh</type></os><devices>" + devices + "</devices></domain>"
+}
+
+// hvm is pvh, as an HVM guest.
+func hvm(devices string) string {
+	return strings.ReplaceAll(pvh("", devices), "xenpvh'>xenpvh", "xenfv'>hvm")
+}
+
+func TestHasDeviceModel(t *testing.T) {
+	for in, want := range map[string]bool{
+		hvm(""): true, pvh("", ""): false, "<domain/>": false, "<domain": false,
+		strings.ReplaceAll(pvh("", ""), "xenpvh'>xenpvh", "xenpv'>linux"): false,
+	} {
+		if got := HasDeviceModel(in); got != want {
+			t.Errorf("%s: %v", in, got)
+		}
+	}
 }
 
 func TestIneligible(t *testing.T) {
@@ -39,8 +57,10 @@ func TestIneligible(t *testing.T) {
 		{pvh("<cpu><numa><cell id='0'/></numa></cpu>", ""), []string{"NUMA"}},
 		{pvh("", "<hostdev mode='subsystem' type='pci'/><hostdev type='usb'/>"), []string{"a PCI device", "a USB device"}},
 		{pvh("", "<interface type='hostdev'/>"), []string{"a network device of the host"}},
+		{pvh("", "<interface type='bridge'><backenddomain name='netvm'/></interface>"), []string{"domain 'netvm' serves"}},
 		{pvh("", "<interface type='network'/>"), []string{"interface of type 'network'"}},
-		{pvh("", "<interface type='bridge'><virtualport type='openvswitch'/></interface>"), []string{"'openvswitch'"}},
+		{pvh("", "<interface type='bridge'><virtualport type='midonet'/></interface>"), []string{"'midonet'"}},
+		{pvh("", "<interface type='direct'><virtualport type='802.1Qbg'/></interface>"), []string{"interface of type 'direct'", "'802.1Qbg'"}},
 		{pvh("", "<disk><target dev='xvda'/></disk><disk><target dev='xvdb'/></disk>"), []string{"disks (xvda, xvdb)"}},
 		{"<domain type='xen'/>", []string{"guest of type ''", "memory's size"}},
 		{"<domain", []string{"cannot be read"}},
