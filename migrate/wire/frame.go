@@ -49,8 +49,11 @@ const (
 	TypeState     Type = 10 // primary, after the epoch's pages: the next bytes of the guest's state; opaque here
 	TypeResync    Type = 11 // standby: the epoch is refused, begin it anew; payload is the reason in words
 	TypeRestart   Type = 12 // primary: the epoch begins anew, forget what came of it; no payload
+	TypeSums      Type = 13 // primary, after the epoch's Ack: what pages of the guest were at it; payload Sums
+	TypeCompared  Type = 14 // standby, after the last Sums: what its copy is; payload Compared
+	TypeHandover  Type = 15 // primary, after the epoch's Ack: the guest stands here; run it from that epoch
 
-	typeLast = TypeRestart
+	typeLast = TypeHandover
 )
 
 // Sentinels a caller may decide on. ErrFormat and what wraps it mean that the

@@ -20,11 +20,14 @@ func _() {
 	_ = x[TypeState-10]
 	_ = x[TypeResync-11]
 	_ = x[TypeRestart-12]
+	_ = x[TypeSums-13]
+	_ = x[TypeCompared-14]
+	_ = x[TypeHandover-15]
 }
 
-const _Type_name = "HelloWelcomePagesEpochEndAckHeartbeatEndTakenOverHeadStateResyncRestart"
+const _Type_name = "HelloWelcomePagesEpochEndAckHeartbeatEndTakenOverHeadStateResyncRestartSumsComparedHandover"
 
-var _Type_index = [...]uint8{0, 5, 12, 17, 25, 28, 37, 40, 49, 53, 58, 64, 71}
+var _Type_index = [...]uint8{0, 5, 12, 17, 25, 28, 37, 40, 49, 53, 58, 64, 71, 75, 83, 91}
 
 func (i Type) String() string {
 	idx := int(i) - 1

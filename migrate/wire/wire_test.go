@@ -6,8 +6,11 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -20,6 +23,8 @@ var (
 	hello   = Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1, 2, 15: 16}, MemoryKiB: 131072, Session: 0x1122334455667788, Committed: 41}
 	welcome = Welcome{Version: 2, Committed: 42}
 	end     = EpochEnd{Pages: 3, Bytes: 12345, CRC: 0xdeadbeef}
+	sums    = Sums{Total: 32768, Before: 4096, First: 0x1000, Sums: []uint64{0x0123456789abcdef, 42}}
+	said    = Compared{Pages: 32768, Differ: 2, Missing: 1, PFNs: []uint64{0x1f, 0xfeffc}}
 )
 
 func frames(t testing.TB) map[Type][]byte {
@@ -38,6 +43,9 @@ func frames(t testing.TB) map[Type][]byte {
 		{Type: TypeState, Epoch: 7, Payload: []byte("its state")},
 		{Type: TypeResync, Epoch: 7, Payload: []byte("page 0x7 did not come out")},
 		{Type: TypeRestart, Epoch: 7},
+		{Type: TypeSums, Epoch: 7, Payload: sums.Append(nil)},
+		{Type: TypeCompared, Epoch: 7, Payload: said.Append(nil)},
+		{Type: TypeHandover, Epoch: 7},
 	} {
 		f.Generation = gen
 		b, err := f.Append(nil)
@@ -82,6 +90,12 @@ func TestRoundTrip(t *testing.T) {
 	}
 	if e, err := ParseEpochEnd(end.Append(nil)); err != nil || e != end {
 		t.Errorf("epoch end: %+v, %v", e, err)
+	}
+	if s, err := ParseSums(sums.Append(nil)); err != nil || !reflect.DeepEqual(s, sums) {
+		t.Errorf("sums: %+v, %v", s, err)
+	}
+	if c, err := ParseCompared(said.Append(nil)); err != nil || !reflect.DeepEqual(c, said) {
+		t.Errorf("compared: %+v, %v", c, err)
 	}
 }
 
@@ -162,6 +176,9 @@ func TestPayloadsRefused(t *testing.T) {
 		"hello":     {hello.Append(nil), func(b []byte) error { _, err := ParseHello(b); return err }},
 		"welcome":   {welcome.Append(nil), func(b []byte) error { _, err := ParseWelcome(b); return err }},
 		"epoch end": {end.Append(nil), func(b []byte) error { _, err := ParseEpochEnd(b); return err }},
+		// A sum less is a frame, too; so one without any, and a difference unnamed.
+		"sums":     {Sums{Total: 1, First: 7, Sums: []uint64{8}}.Append(nil), func(b []byte) error { _, err := ParseSums(b); return err }},
+		"compared": {said.Append(nil), func(b []byte) error { _, err := ParseCompared(b); return err }},
 	}
 	for name, p := range parse {
 		for n := range len(p.b) {
@@ -182,6 +199,49 @@ func TestPayloadsRefused(t *testing.T) {
 	}
 	if _, err := ParseWelcome(Welcome{Version: 1}.Append(nil)); !errors.Is(err, ErrVersion) {
 		t.Errorf("welcome to version 1: %v", err)
+	}
+}
+
+// Counts that cannot be, and more than a frame may have.
+func TestSumsRefused(t *testing.T) {
+	for name, s := range map[string]Sums{
+		"none":                  {Total: 1},
+		"of nothing":            {Sums: []uint64{1}},
+		"more than there are":   {Total: 1, Sums: []uint64{1, 2}},
+		"more than are left":    {Total: 9, Before: 8, Sums: []uint64{1, 2}},
+		"behind the end":        {Total: 9, Before: 9, Sums: []uint64{1}},
+		"far behind the end":    {Total: 9, Before: math.MaxUint64, Sums: []uint64{1}},
+		"no such page":          {Total: 1, First: maxPFN + 1, Sums: []uint64{1}},
+		"over the last page":    {Total: 2, First: maxPFN, Sums: []uint64{1, 2}},
+		"round the clock":       {Total: 2, First: math.MaxUint64, Sums: []uint64{1, 2}},
+		"more than a frame has": {Total: 2 * MaxSums, Sums: make([]uint64, MaxSums+1)},
+	} {
+		if got, err := ParseSums(s.Append(nil)); !errors.Is(err, ErrFormat) || got.Sums != nil {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+	many := make([]uint64, MaxDiffering+1)
+	for i := range many {
+		many[i] = uint64(i)
+	}
+	for name, c := range map[string]Compared{
+		"more than all differ":     {Pages: 1, Differ: 2, PFNs: []uint64{1, 2}},
+		"more missing than differ": {Pages: 3, Differ: 1, Missing: 2, PFNs: []uint64{1}},
+		"one not named":            {Pages: 3, Differ: 2, PFNs: []uint64{1}},
+		"one named for nothing":    {Pages: 3, Differ: 1, PFNs: []uint64{1, 2}},
+		"one named twice":          {Pages: 3, Differ: 2, PFNs: []uint64{1, 1}},
+		"turned round":             {Pages: 3, Differ: 2, PFNs: []uint64{2, 1}},
+		"no such page":             {Pages: 3, Differ: 1, PFNs: []uint64{maxPFN + 1}},
+		"more than a frame names":  {Pages: 9999, Differ: 9999, PFNs: many},
+	} {
+		if got, err := ParseCompared(c.Append(nil)); !errors.Is(err, ErrFormat) || got.PFNs != nil {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+	for _, c := range []Compared{{Pages: 5}, {Pages: 99999, Differ: 99999, PFNs: many[:MaxDiffering]}} {
+		if got, err := ParseCompared(c.Append(nil)); err != nil || !slices.Equal(got.PFNs, c.PFNs) {
+			t.Errorf("%d of %d: %v", c.Differ, c.Pages, err)
+		}
 	}
 }
 
@@ -281,6 +341,32 @@ func FuzzEpochEnd(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if e, err := ParseEpochEnd(b); (err == nil) != (len(b) == 20) || err == nil && !bytes.Equal(e.Append(nil), b) {
 			t.Errorf("%x: %+v, %v", b, e, err)
+		}
+	})
+}
+
+func FuzzSums(f *testing.F) {
+	f.Add(sums.Append(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, err := ParseSums(b)
+		if err == nil && !bytes.Equal(s.Append(nil), b) || err != nil && s.Sums != nil {
+			t.Errorf("%x: %+v, %v", b, s, err)
+		}
+		if err == nil && (len(s.Sums) == 0 || len(s.Sums) > MaxSums || s.Before+uint64(len(s.Sums)) > s.Total) {
+			t.Errorf("%d sums after %d of %d", len(s.Sums), s.Before, s.Total)
+		}
+	})
+}
+
+func FuzzCompared(f *testing.F) {
+	f.Add(said.Append(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := ParseCompared(b)
+		if err == nil && !bytes.Equal(c.Append(nil), b) || err != nil && c.PFNs != nil {
+			t.Errorf("%x: %+v, %v", b, c, err)
+		}
+		if err == nil && (uint64(len(c.PFNs)) != min(c.Differ, MaxDiffering) || !slices.IsSorted(c.PFNs)) {
+			t.Errorf("%d of %d named", len(c.PFNs), c.Differ)
 		}
 	})
 }
