@@ -6,8 +6,8 @@ type ActionKind uint8
 const (
 	// Send sends Message on the connection of Message.Round. It does not wait for the
 	// other side, and does nothing if the connection is gone.
-	// Before an Ack: Commit. Before Ended: CopyDropped. Before Over: nothing; it may
-	// be said as soon as it is decided.
+	// Before an Ack: Commit. Before Ended: CopyDropped, not Unsure. Before Over: TookOver.
+	// Before Heard: it is remembered, should we die before our copy does.
 	Send ActionKind = iota + 1
 	// Close closes the connection of Round once what was sent has left it, within a
 	// short time. No event of this connection is needed any more.
@@ -75,7 +75,8 @@ const (
 
 	// Stage takes the pages of the Data just received: where they belong if Direct
 	// (no copy is there that may be run), else into a buffer, from where only Apply
-	// takes them. Bad, if that fails.
+	// takes them. Done, and Bad before it if that fails. Until it is Done, the other side
+	// is not heard, and not to blame.
 	Stage
 	// Unstage empties that buffer.
 	Unstage
@@ -83,9 +84,16 @@ const (
 	// Before: all of it is staged, and it is what the primary counted.
 	Commit
 	// Apply brings the committed Epoch into the copy. The next Stage and TakeOver
-	// come after it.
+	// come after it. Done.
 	Apply
-	// TakeOver resumes the guest from Epoch. TookOver or TakeOverFailed.
+	// Compare looks at what the copy has of the pages that the Sums just received
+	// name, and answers the last ones with Compared. Done, and Bad before it if they
+	// cannot be told.
+	// Before: Apply.
+	Compare
+	// TakeOver resumes the guest from Epoch. TookOver or TakeOverFailed. If Reason is
+	// HandedOver, it is first remembered that the primary goes on by itself if it does
+	// not hear that this was done.
 	// Before: the promise made to the primary has run out, and the arbiter has granted
 	// it, which still holds: what a take-over does besides running the guest, such as
 	// to announce it, a Pause does not undo. Without an arbiter, see the package's

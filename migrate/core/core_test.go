@@ -66,6 +66,8 @@ func (x *pair) step(who int, e core.Event) {
 
 func (x *pair) act(who int, a *core.Action) {
 	switch a.Kind {
+	case core.Stage, core.Apply, core.Compare:
+		x.put(standby, core.Event{Kind: core.Done})
 	case core.Dial:
 		x.put(primary, core.Event{Kind: core.Dialed, Round: a.Round})
 	case core.Send:
@@ -193,10 +195,10 @@ func TestAnything(t *testing.T) {
 			who := rapid.IntRange(0, 1).Draw(t, "who")
 			q := core.Question{Generation: simGen, Since: core.Round(number.Draw(t, "since")), Round: core.Round(number.Draw(t, "asked"))}
 			step(who, core.Event{
-				Kind:  core.EventKind(rapid.IntRange(0, 30).Draw(t, "kind")),
+				Kind:  core.EventKind(rapid.IntRange(0, 32).Draw(t, "kind")),
 				Round: core.Round(huge.Draw(t, "round")), Epoch: core.Epoch(huge.Draw(t, "epoch")),
 				Message: core.Message{
-					Type:       core.MessageType(rapid.IntRange(0, 12).Draw(t, "type")),
+					Type:       core.MessageType(rapid.IntRange(0, 18).Draw(t, "type")),
 					Generation: core.Generation(rapid.SampledFrom([]int{simGen, simGen, simGen, 6}).Draw(t, "generation")),
 					Round:      core.Round(huge.Draw(t, "of")), Epoch: core.Epoch(huge.Draw(t, "for")), Next: core.Epoch(huge.Draw(t, "next")),
 					Alone: rapid.Bool().Draw(t, "alone"), Armed: rapid.Bool().Draw(t, "armed"),

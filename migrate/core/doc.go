@@ -66,6 +66,26 @@
 // Asking again is harmless, and a question that was given up, but still reaches
 // the arbiter, binds nobody: the round it was asked in is over.
 //
+// # What is refused
+//
+// What the standby cannot take of an epoch it refuses with Resync, while it keeps what
+// is committed: it ignores what still comes of that epoch until Restart, and the
+// primary sends it anew on the same connection. Where the pages have gone into the copy
+// as they came, and where the primary refuses, the connection is closed with a word.
+//
+// # Who hears what of a take-over
+//
+// While it takes over the standby answers nobody, and shows life, so that who waits for
+// the answer knows what for. Once the guest runs it says Over, again and again, until the
+// primary has said Heard; if the copy could not be made to run it is dropped, and Ended
+// is said. Where it is not known whether it runs nothing is said at all. A Hello of
+// another process than the one that began, or of one that knows of another epoch than the
+// standby has, is the end of protection: its sender goes on alone, and hears Ended once
+// there is no copy any more.
+//
+// A standby that is asked to by Handover takes over from the last committed epoch, or
+// asks the arbiter, if there is one. Primary does not send it yet.
+//
 // # What is guaranteed
 //
 //   - Output commit. Output is let out by Release, of an epoch the standby has
@@ -80,6 +100,9 @@
 // With NoArbiter the standby takes over only when it is told to, and the primary
 // goes on alone when the standby is silent. Who tells it answers for the primary
 // being off. If the primary had gone on alone before, what it did then is lost.
+//
+// A connection that the primary's host closed is no reason to take over, for its guest
+// runs on: with GiveUp the copy is dropped when nobody comes back.
 //
 // With Automatic the standby also takes over when the primary has been silent for
 // the time-out on a connection that was not closed, and the primary goes on alone

@@ -105,8 +105,11 @@ func (w *world) sendFrame(from int, f frame) {
 	if c == nil || !c.open[from] {
 		return
 	}
-	if f.m.Type == core.Hello {
+	switch f.m.Type {
+	case core.Hello:
 		w.hello = f.m.Round
+	case core.Restart:
+		w.txEpoch = 0
 	}
 	if t := w.tamper[from]; t != 0 && f.m.Type != core.Hello && f.m.Type != core.Welcome {
 		w.tamper[from] = 0
@@ -287,6 +290,7 @@ func (w *world) actStandby(a *core.Action) {
 	switch a.Kind {
 	case core.Stage:
 		w.stage(a.Direct)
+		w.unheard()
 	case core.Unstage:
 		w.stMask = 0
 	case core.Commit:
@@ -300,6 +304,9 @@ func (w *world) actStandby(a *core.Action) {
 		}
 	case core.Apply:
 		w.apply()
+		w.unheard()
+	case core.Compare:
+		w.unheard()
 	case core.TakeOver:
 		if !w.copyThere || w.running {
 			w.violate("take-over without a copy, or twice")
@@ -353,6 +360,9 @@ func (w *world) actStandby(a *core.Action) {
 		w.sPaused = false
 	}
 }
+
+// unheard: what was received is being dealt with, for a while.
+func (w *world) unheard() { w.later(w.rnd(2*ms), standby, core.Event{Kind: core.Done}) }
 
 func (w *world) apply() {
 	for i := range memory {

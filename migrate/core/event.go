@@ -28,11 +28,12 @@ const (
 	Destroyed        // Destroy: done
 
 	// Of the standby.
-	Bad      // what Stage was to take cannot be understood, or is outside the guest; before any later Received
-	FailOver // the operator orders to take over, and answers for it where there is no arbiter
-	TookOver // TakeOver: the guest runs here
-	TakeOverFailed
-	CopyDropped // DropCopy: done
+	Bad            // what Stage was to take cannot be understood, or is outside the guest; before any later Received
+	Done           // Stage, Apply or Compare: it is carried out, Bad or not
+	FailOver       // the operator orders to take over, and answers for it where there is no arbiter
+	TookOver       // TakeOver: the guest runs here
+	TakeOverFailed // TakeOver: it does not, but for Unsure: that is not known
+	CopyDropped    // DropCopy: done
 
 	// Of both.
 	Answered // Ask: Question, Verdict, and For
@@ -52,6 +53,8 @@ type Event struct {
 	Pages int
 	Pause time.Duration // how long the guest stood still
 	Lost  bool          // log-dirty was found to have been off since the bitmap was read before
+
+	Unsure bool // TakeOverFailed
 
 	Settings Settings
 

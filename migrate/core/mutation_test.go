@@ -53,7 +53,7 @@ var mutants = []mutant{
 	},
 	{
 		"with an arbiter, the standby asks it", "standby.go",
-		edit("case s.cfg.Arbitration == WithArbiter:\n\t\t\ts.judge()\n\t\tcase s.cfg.Arbitration == Automatic", "case s.cfg.Arbitration == WithArbiter:\n\t\t\ts.takeOver(Silence, s.now)\n\t\tcase s.cfg.Arbitration == Automatic"),
+		edit("case s.cfg.Arbitration == WithArbiter:\n\t\t\ts.judge()\n\t\tcase s.closed()", "case s.cfg.Arbitration == WithArbiter:\n\t\t\ts.takeOver(Silence, s.now)\n\t\tcase s.closed()"),
 		"",
 	},
 	{
@@ -118,7 +118,7 @@ var mutants = []mutant{
 	},
 	{
 		"the old primary ends its copy", "primary.go",
-		edit("p.destroy(TakenOver)\n\t\treturn\n", "return\n"),
+		edit("\t\t\tp.destroy(TakenOver)\n\t\t}\n", "\t\t}\n"),
 		"one runner",
 	},
 	{
@@ -133,7 +133,7 @@ var mutants = []mutant{
 	},
 	{
 		"what was staged is dropped with its connection", "standby.go",
-		[][2]string{{"s.up, s.beatAt, s.seq = false, Never, 0\n\tif s.staged {", "s.up, s.beatAt, s.seq = false, Never, 0\n\tif false {"}, {"s.send(Message{Type: Over})\n\tif s.staged {", "s.send(Message{Type: Over})\n\tif false {"}},
+		edit("s.seq, s.refused = 0, false\n\tif s.staged {", "s.seq, s.refused = 0, false\n\tif false {"),
 		"exact state",
 	},
 	{

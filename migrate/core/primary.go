@@ -108,6 +108,7 @@ type Primary struct {
 	recopy          bool // the next one has to
 	drop            bool // what is being copied or captured is of no use any more
 	refusals        int
+	restart         bool // the standby ignores what comes of the epoch until it is told that it begins anew
 
 	policy policy
 
@@ -253,7 +254,10 @@ func (p *Primary) event(e *Event) {
 func (p *Primary) received(m *Message) {
 	if m.Type == Over && m.Generation == p.cfg.Generation {
 		// In whatever round: it is a fact.
-		p.destroy(TakenOver)
+		if p.state != Destroying {
+			p.do(Action{Kind: Send, Round: m.Round, Message: Message{Type: Heard, Generation: m.Generation, Round: m.Round}})
+			p.destroy(TakenOver)
+		}
 		return
 	}
 	if m.Round != p.round || p.link != greeting && p.link != up {
@@ -281,8 +285,33 @@ func (p *Primary) received(m *Message) {
 			return
 		}
 		p.commit()
+	case p.link == up && m.Type == Resync:
+		if p.work == idle || p.sent != p.round && !p.full || m.Epoch != p.epoch {
+			p.refuse(OutOfOrder)
+			return
+		}
+		p.again()
+	case p.link == up && m.Type == Compared:
 	default:
 		p.refuse(BadMessage)
+	}
+}
+
+// again: the standby has refused what it was sent of the epoch under way.
+func (p *Primary) again() {
+	switch {
+	case p.work == captured && !p.full && p.refusals == 0:
+		p.refusals, p.warm = 1, 0
+		p.send(Message{Type: Restart, Epoch: p.epoch})
+		p.transmit()
+	case p.work == captured:
+		p.refuse(OutOfStep) // the next Welcome tells whether it has it after all
+	default:
+		p.restart = true
+		p.cancel()
+		if p.refusals++; p.refusals >= maxRefusals {
+			p.end(Refused)
+		}
 	}
 }
 
@@ -299,7 +328,7 @@ func (p *Primary) greet() {
 	}
 	p.ask.giveUp()
 	p.send(Message{
-		Type: Hello, Epoch: p.floor, Next: p.next, Alone: !p.covered(),
+		Type: Hello, Session: p.cfg.Session, Epoch: p.floor, Next: p.next, Known: p.committed, Alone: !p.covered(),
 		Stamp: p.now, Timeout: p.cfg.Timeout,
 	})
 }
@@ -314,7 +343,7 @@ func (p *Primary) welcomed(m *Message) {
 		p.end(OutOfStep)
 		return
 	}
-	p.link, p.joined = up, p.round
+	p.link, p.joined, p.restart = up, p.round, false
 	p.beatAt, p.greetBy, p.lost = p.now, Never, Never
 	p.echoed = max(p.echoed, m.Echo)
 	if !m.Armed {
@@ -443,6 +472,10 @@ func (p *Primary) copy() {
 	p.all = p.recopy || p.base == 0 || p.state == Protected
 	p.work, p.epoch, p.full, p.passes, p.sent = passing, p.next, true, 0, 0
 	p.recopy = false
+	if p.restart {
+		p.restart, p.warm = false, 0
+		p.send(Message{Type: Restart, Epoch: p.epoch})
+	}
 	p.do(Action{Kind: Copy, Round: p.round, Epoch: p.epoch, Base: p.base, Full: p.all, Cold: p.cold()})
 }
 

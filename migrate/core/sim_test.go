@@ -139,7 +139,7 @@ func span(r *rand.Rand) core.Time {
 // then, both hosts are done within endWithin.
 const (
 	peaceAfter = 1000 * ms
-	endWithin  = 1000 * ms
+	endWithin  = 1500 * ms
 )
 
 // peace reports whether there is, and a connection that both know to be up, and

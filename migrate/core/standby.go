@@ -12,8 +12,12 @@ import "time"
 //	  │                  silence or told to   │  ▼      granted             ▼
 //	  └───── denied ───────────────────────── Judging ───────────────► TakingOver ──► Active
 //
-//	Waiting, Receiving, Ready, Silent ── asked to, or lost too long ──► Dropping ──► StandbyOver
+//	Waiting, Receiving, Ready, Silent ── asked to, or lost too long ──► Dropping ──► Parting ──► StandbyOver
+//	TakingOver ─────────────────────── failed ────────────────────────────►
 //
+// While it is taking over or dropping it answers nobody: how that ends decides what is
+// said. It goes on showing life on the connection it has, with an Echo that promises
+// nothing more.
 // Armed are Ready, Silent and Judging: there is a committed epoch that may be run.
 // A copy that is no longer armed is kept while waiting, as the base of a resync.
 type StandbyState uint8
@@ -27,11 +31,19 @@ const (
 	TakingOver                      // it is decided: the guest will run here
 	Active                          // the guest runs here
 	Dropping                        // the copy is being destroyed
+	Parting                         // it is no more; whoever asks is told, for a moment
 	StandbyOver                     // protection is over here
 )
 
-// lingerFor bounds how long an old primary can come back and be told.
-const lingerFor = time.Hour
+const (
+	// lingerFor bounds how long an old primary can come back and be told.
+	lingerFor = time.Hour
+	// tellEvery is how often one that is there is told: most likely it is dead, and the
+	// guest needs the processor.
+	tellEvery = time.Second
+	// farewell is how long a primary may take to hear that protection has ended.
+	farewell = time.Second
+)
 
 // Standby is the state machine of the host that keeps the copy.
 type Standby struct {
@@ -44,24 +56,32 @@ type Standby struct {
 
 	round   Round
 	up      bool
-	clean   bool // the connection was closed by the other host, without a word
-	heard   Time // last sign of life; what is promised counts from it
-	stamp   Time // the primary's last, to be told
+	met     bool    // a primary has come, of session
+	session Session // nobody of another one can go on
+	clean   bool    // the connection was closed by the other host, without a word
+	busy    int     // what was received and is being dealt with: nobody listens meanwhile
+	stale   bool    // nothing had come for long when something did
+	heard   Time    // last sign of life; what is promised counts from it
+	came    Time    // when something was received last
+	stamp   Time    // the primary's last, to be told
 	beatAt  Time
 	timeout time.Duration // how long silence is borne
 
-	epoch  Epoch // last committed; what the copy is, or last was, equal to
-	next   Epoch // due
-	seq    uint32
-	staged bool // some of next is in the buffer
-	torn   bool // some of next is in the copy
-	ever   bool
+	epoch   Epoch // last committed; what the copy is, or last was, equal to
+	next    Epoch // due
+	seq     uint32
+	staged  bool // some of next is in the buffer
+	torn    bool // some of next is in the copy
+	refused bool // what comes of next is ignored until it begins anew
+	ever    bool
 
 	took  bool // TakeOver has been given out: the guest runs, or is about to
 	dueAt Time // when the promise has run out and it may be
 	ask   asker
 	pause bool // the guest that took over is paused: its grant has run out
 
+	unsure bool // whether the copy runs, and so nothing may be said of it
+	partBy Time
 	reason Reason
 }
 
@@ -84,6 +104,12 @@ func (s *Standby) Reason() Reason { return s.reason }
 // Round returns the number of the last connection.
 func (s *Standby) Round() Round { return s.round }
 
+// Connected reports whether there is a connection.
+func (s *Standby) Connected() bool { return s.up }
+
+// Seq returns how many parts of the epoch that is due have come.
+func (s *Standby) Seq() uint32 { return s.seq }
+
 // Armed reports whether there is a committed epoch that may be run.
 func (s *Standby) Armed() bool { return s.state == Ready || s.state == Silent || s.state == Judging }
 
@@ -95,7 +121,7 @@ func (s *Standby) Step(now Time, e Event) []Action {
 		return nil
 	}
 	if due := s.Deadline(); due != Never && now > due.Add(s.cfg.Interval) {
-		s.listen = now.Add(s.cfg.Interval)
+		s.listen = now.Add(s.timeout)
 	}
 	s.now = max(s.now, now)
 	s.event(&e)
@@ -124,10 +150,18 @@ func (s *Standby) event(e *Event) {
 		if s.up && e.Round == s.round {
 			s.clean = e.Clean
 			s.broken()
+			if s.state == Silent && s.closed() { // its host lives, and so there is nothing to be told
+				s.state, s.heard = Ready, s.now
+			}
 		}
 	case Bad:
-		if s.up && e.Round == s.round {
-			s.refuse(BadData)
+		if s.up && e.Round == s.round && s.state < TakingOver {
+			s.redo(BadData)
+		}
+	case Done:
+		if s.busy > 0 {
+			s.busy--
+			s.heard = s.now
 		}
 	case FailOver:
 		switch {
@@ -140,15 +174,23 @@ func (s *Standby) event(e *Event) {
 	case TookOver:
 		if s.state == TakingOver {
 			s.state = Active
+			if s.up {
+				s.beatAt = s.now
+			}
 		}
 	case TakeOverFailed:
 		if s.state == TakingOver {
+			s.unsure = e.Unsure
 			s.drop(NotTaken)
 		}
 	case CopyDropped:
-		if s.state == Dropping {
-			s.send(Message{Type: Ended, Reason: s.reason})
+		switch {
+		case s.state != Dropping:
+		case s.unsure:
 			s.finish()
+		default:
+			s.state, s.partBy = Parting, s.now.Add(farewell)
+			s.send(Message{Type: Ended, Reason: s.reason})
 		}
 	case Answered:
 		s.answered(e)
@@ -161,7 +203,7 @@ func (s *Standby) event(e *Event) {
 
 func (s *Standby) stop(why Reason) {
 	switch s.state {
-	case TakingOver, Dropping:
+	case TakingOver, Dropping, Parting:
 	case Active:
 		s.reason = why
 		s.finish()
@@ -181,14 +223,8 @@ func (s *Standby) received(e *Event) {
 		return
 	}
 	switch {
-	case s.state == TakingOver || s.state == Active:
-		// It lives after all. It must know that its copy is no longer the guest.
-		s.reply(m.Round, Message{Type: Over})
-		return
-	case s.state == Dropping:
-		if m.Type == Hello { // it hears of the end on this connection
-			s.up, s.round = true, m.Round
-		}
+	case s.state >= TakingOver:
+		s.late(m)
 		return
 	case m.Type == Hello && m.Timeout > s.cfg.Setup:
 		// We could not promise to bear that.
@@ -211,16 +247,19 @@ func (s *Standby) received(e *Event) {
 	if s.state == Silent {
 		s.state = Ready
 	}
-	s.heard = s.now
+	s.stale = s.stale || s.cfg.Stale > 0 && s.now.Sub(s.came) > s.cfg.Stale
+	s.heard, s.came = s.now, s.now
 	switch {
 	case m.Type == Heartbeat && m.Stamp >= s.stamp:
 		s.stamp = m.Stamp
+	case (m.Type == Data || m.Type == EpochEnd) && s.refused:
 	case m.Type == Data:
 		if m.Epoch != s.next || m.Seq != s.seq {
-			s.refuse(OutOfOrder)
+			s.redo(OutOfOrder)
 			return
 		}
 		s.seq++
+		s.busy++
 		direct := s.state == Receiving
 		if direct {
 			s.torn = true
@@ -230,6 +269,17 @@ func (s *Standby) received(e *Event) {
 		s.do(Action{Kind: Stage, Epoch: s.next, Direct: direct})
 	case m.Type == EpochEnd:
 		s.commit(m, &e.Tally)
+	case m.Type == Restart && m.Epoch == s.next && s.state == Ready:
+		s.restart()
+	case m.Type == Sums && m.Epoch == s.epoch && s.state == Ready && s.seq == 0:
+		s.busy++
+		s.do(Action{Kind: Compare, Epoch: s.epoch})
+	case m.Type == Handover && m.Epoch == s.epoch && s.state == Ready && s.seq == 0 && !s.stale:
+		if s.cfg.Arbitration == WithArbiter {
+			s.judge()
+		} else {
+			s.takeOver(HandedOver, s.now)
+		}
 	case m.Type == End:
 		s.drop(PeerEnded)
 	case m.Type == Refuse:
@@ -243,22 +293,54 @@ func (s *Standby) received(e *Event) {
 	}
 }
 
-// greeted: the primary has made a connection. Joining its round gives up whatever
-// was asked or promised in an earlier one.
-func (s *Standby) greeted(m *Message) {
+// late is what comes once it is decided that the guest runs here, or that the copy is
+// no more: an old primary that lives after all must know that, once it is so.
+func (s *Standby) late(m *Message) {
+	if m.Type == Hello && (m.Round > s.round || !s.up) {
+		s.join(m)
+	}
+	switch {
+	case s.state == Active && m.Type == Heard:
+		if s.ask.until == Never { // else the grant needs somebody who renews it
+			s.finish()
+		} else {
+			s.beatAt = Never
+		}
+	case s.state == Active:
+		s.reply(m.Round, Message{Type: Over})
+		if s.up && m.Type == Hello {
+			s.beatAt = s.now.Add(tellEvery)
+		}
+	case s.state == Parting && m.Type == Hello:
+		s.reply(m.Round, Message{Type: Ended, Reason: s.reason})
+	}
+}
+
+// join makes the connection of a Hello the one that counts.
+func (s *Standby) join(m *Message) {
 	if s.up {
 		s.do(Action{Kind: Close, Round: s.round})
 		s.broken()
 	}
-	s.ask.reset()
 	s.round, s.up, s.clean = m.Round, true, false
-	s.heard, s.stamp = s.now, m.Stamp
+}
+
+// greeted: the primary has made a connection. Joining its round gives up whatever
+// was asked or promised in an earlier one.
+func (s *Standby) greeted(m *Message) {
+	s.join(m)
+	s.ask.reset()
+	if s.met && m.Session != s.session || m.Known > s.epoch || s.epoch > m.Next {
+		// It cannot go on with us, and so will go on with the guest alone. It hears so
+		// once our copy can never run any more.
+		s.drop(PrimaryLost)
+		return
+	}
+	s.met, s.session = true, m.Session
+	s.heard, s.came, s.stamp, s.stale = s.now, s.now, m.Stamp, false
 	s.timeout = max(s.cfg.Timeout, m.Timeout)
 	s.beatAt = s.now.Add(s.cfg.Interval)
 
-	if s.epoch > m.Next {
-		s.epoch = 0 // of another history
-	}
 	armed := s.epoch > 0 && !s.torn && !m.Alone && s.epoch >= m.Epoch
 	s.state = Receiving
 	if armed {
@@ -272,10 +354,10 @@ func (s *Standby) greeted(m *Message) {
 func (s *Standby) commit(m *Message, got *Tally) {
 	switch {
 	case m.Epoch != s.next:
-		s.refuse(OutOfOrder)
+		s.redo(OutOfOrder)
 		return
 	case m.Tally != *got || got.Frames != s.seq || s.seq == 0:
-		s.refuse(BadCount)
+		s.redo(BadCount)
 		return
 	}
 	direct := s.state == Receiving
@@ -285,7 +367,29 @@ func (s *Standby) commit(m *Message, got *Tally) {
 	s.state = Ready
 	s.send(Message{Type: Ack, Epoch: s.epoch})
 	if !direct {
+		s.busy++
 		s.do(Action{Kind: Apply, Epoch: s.epoch})
+	}
+}
+
+// redo refuses what came of an epoch. What went into the copy as it came is sent anew
+// over another connection, all of it; else this one goes on.
+func (s *Standby) redo(why Reason) {
+	if s.state != Ready {
+		s.refuse(why)
+		return
+	}
+	s.restart()
+	s.refused = true
+	s.send(Message{Type: Resync, Epoch: s.next, Reason: why})
+}
+
+// restart drops what has come of an epoch that is not in the copy yet.
+func (s *Standby) restart() {
+	s.seq, s.refused = 0, false
+	if s.staged {
+		s.staged = false
+		s.do(Action{Kind: Unstage})
 	}
 }
 
@@ -300,11 +404,8 @@ func (s *Standby) refuse(why Reason) {
 
 // broken: there is no connection any more.
 func (s *Standby) broken() {
-	s.up, s.beatAt, s.seq = false, Never, 0
-	if s.staged {
-		s.staged = false
-		s.do(Action{Kind: Unstage})
-	}
+	s.up, s.beatAt = false, Never
+	s.restart()
 	if s.state == Receiving {
 		s.state = Waiting
 	}
@@ -339,11 +440,7 @@ func (s *Standby) answered(e *Event) {
 // takeOver is the decision. It is carried out once the primary has stopped.
 func (s *Standby) takeOver(why Reason, when Time) {
 	s.state, s.reason, s.dueAt = TakingOver, why, when
-	s.send(Message{Type: Over})
-	if s.staged {
-		s.staged = false
-		s.do(Action{Kind: Unstage})
-	}
+	s.restart()
 }
 
 func (s *Standby) drop(why Reason) {
@@ -362,19 +459,33 @@ func (s *Standby) finish() {
 }
 
 func (s *Standby) run() {
-	if s.state == Dropping || s.state == StandbyOver {
+	switch s.state {
+	case Parting:
+		if s.now >= s.partBy || !s.up && s.reason != NotTaken {
+			s.finish()
+		}
+		return
+	case StandbyOver:
 		return
 	}
 	if s.now >= s.judgement() {
 		s.silent()
 	}
-	if s.up && s.now >= s.beatAt && s.state < TakingOver {
+	switch {
+	case !s.up || s.now < s.beatAt:
+	case s.state == Active:
+		s.beatAt = s.now.Add(tellEvery)
+		s.send(Message{Type: Over})
+	default:
 		s.beatAt = s.now.Add(s.cfg.Interval)
 		s.send(Message{Type: Heartbeat, Echo: s.stamp})
 	}
+	if s.state == Dropping {
+		return
+	}
 	if s.state == TakingOver && !s.took && s.now >= s.dueAt && s.now < s.ask.until {
 		s.took = true
-		s.do(Action{Kind: TakeOver, Epoch: s.epoch})
+		s.do(Action{Kind: TakeOver, Epoch: s.epoch, Reason: s.reason})
 	}
 	if lapsed := s.took && s.now >= s.ask.until; lapsed != s.pause {
 		s.pause = lapsed
@@ -400,11 +511,11 @@ func (s *Standby) silent() {
 		switch {
 		case s.cfg.Arbitration == WithArbiter:
 			s.judge()
+		case s.closed():
+			s.drop(PrimaryLost)
 		case s.cfg.Arbitration == Automatic && !s.clean:
 			s.takeOver(Silence, s.now)
 		default:
-			// A host that lost its power closes nothing, but the kernel of one whose
-			// replicator was killed does, and the guest runs on there.
 			s.state = Silent
 		}
 	case Waiting, Receiving:
@@ -414,10 +525,23 @@ func (s *Standby) silent() {
 	}
 }
 
+// closed: the primary is as good as lost, and its guest is not. A host that lost its
+// power closes nothing, but the kernel of one whose replicator was killed does, and the
+// guest runs on there.
+func (s *Standby) closed() bool {
+	return s.clean && s.cfg.GiveUp > 0 && s.cfg.Arbitration != WithArbiter
+}
+
 // judgement is when silent has something to decide.
 func (s *Standby) judgement() Time {
+	if s.busy > 0 && s.state < Silent {
+		return Never // whatever comes meanwhile is not seen
+	}
 	switch s.state {
 	case Ready:
+		if s.closed() {
+			return max(s.heard.Add(max(s.timeout, s.cfg.GiveUp)), s.listen)
+		}
 		return max(s.heard.Add(s.timeout), s.listen)
 	case Waiting, Receiving:
 		if s.ever && s.cfg.GiveUp == 0 {
@@ -438,13 +562,15 @@ func (s *Standby) judgement() Time {
 
 // Deadline returns when the machine must be stepped, if nothing happens before.
 func (s *Standby) Deadline() Time {
-	if s.state == Dropping || s.state == StandbyOver {
+	switch s.state {
+	case Parting:
+		return s.partBy
+	case Dropping:
+		return s.beatAt
+	case StandbyOver:
 		return Never
 	}
-	t := s.judgement()
-	if s.state < TakingOver {
-		t = min(t, s.beatAt)
-	}
+	t := min(s.judgement(), s.beatAt)
 	if s.state == TakingOver && !s.took && s.now < s.ask.until {
 		t = min(t, s.dueAt)
 	}

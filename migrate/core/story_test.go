@@ -86,7 +86,7 @@ func (x *story) step(who int, e core.Event) {
 		}
 		return
 	}
-	if e.Kind != core.Tick && (e.Kind != core.Received || told(&e.Message)) {
+	if e.Kind != core.Tick && e.Kind != core.Done && (e.Kind != core.Received || told(&e.Message)) {
 		x.say("%s: %s", sides[who], eventText(&e))
 	}
 	var acts []core.Action
@@ -133,6 +133,9 @@ func (x *story) act(who int, a *core.Action) {
 		if x.dialing == a.Round {
 			x.dialing = 0
 		}
+		if who == primary && x.s.State() == core.Parting {
+			x.todo[standby] = append(x.todo[standby], core.Event{Kind: core.Gone, Round: a.Round, Clean: true})
+		}
 	case core.Dial:
 		x.dialing, x.dialBy = a.Round, x.now+250*ms
 	case core.Copy:
@@ -162,6 +165,8 @@ func (x *story) act(who int, a *core.Action) {
 		}
 		x.runs[who] = true
 		x.todo[who] = append(x.todo[who], core.Event{Kind: core.TookOver})
+	case core.Stage, core.Apply, core.Compare:
+		x.todo[who] = append([]core.Event{{Kind: core.Done}}, x.todo[who]...)
 	case core.DropCopy:
 		x.todo[who] = append(x.todo[who], core.Event{Kind: core.CopyDropped})
 	case core.Ask:
@@ -353,6 +358,21 @@ var forged = map[string]func(x *story) (int, core.Message){
 	},
 	"repeated-ack": func(x *story) (int, core.Message) {
 		return primary, core.Message{Type: core.Ack, Generation: simGen, Round: x.round, Epoch: x.p.Committed()}
+	},
+	"handover": func(x *story) (int, core.Message) {
+		return standby, core.Message{Type: core.Handover, Generation: simGen, Round: x.round, Epoch: x.s.Committed()}
+	},
+	"early-handover": func(x *story) (int, core.Message) {
+		return standby, core.Message{Type: core.Handover, Generation: simGen, Round: x.round, Epoch: x.s.Committed() + 1}
+	},
+	"heard": func(x *story) (int, core.Message) {
+		return standby, core.Message{Type: core.Heard, Generation: simGen, Round: x.round}
+	},
+	"another-session": func(x *story) (int, core.Message) {
+		return standby, core.Message{Type: core.Hello, Generation: simGen, Round: x.round + 1, Session: 9}
+	},
+	"sums": func(x *story) (int, core.Message) {
+		return standby, core.Message{Type: core.Sums, Generation: simGen, Round: x.round, Epoch: x.s.Committed()}
 	},
 	"late-over": func(x *story) (int, core.Message) {
 		return primary, core.Message{Type: core.Over, Generation: simGen - 1, Round: x.round}

@@ -32,6 +32,12 @@ var arrived = map[core.MessageType]func(*core.Message) string{
 	core.End:       func(m *core.Message) string { return ": " + m.Reason.String() },
 	core.Ended:     func(m *core.Message) string { return ": " + m.Reason.String() },
 	core.Over:      func(m *core.Message) string { return "" },
+	core.Heard:     func(m *core.Message) string { return "" },
+	core.Resync:    func(m *core.Message) string { return fmt.Sprintf(" epoch %d: %v", m.Epoch, m.Reason) },
+	core.Restart:   func(m *core.Message) string { return fmt.Sprintf(" epoch %d", m.Epoch) },
+	core.Handover:  func(m *core.Message) string { return fmt.Sprintf(" epoch %d", m.Epoch) },
+	core.Sums:      func(m *core.Message) string { return fmt.Sprintf(" epoch %d", m.Epoch) },
+	core.Compared:  func(m *core.Message) string { return fmt.Sprintf(" epoch %d", m.Epoch) },
 }
 
 func messageText(m *core.Message) string {
@@ -86,7 +92,7 @@ func actionText(a *core.Action) string {
 		words = append(words, fmt.Sprintf("round %d", a.Round))
 	case core.Finish:
 		return "finish: " + a.Reason.String()
-	case core.Copy, core.Checkpoint, core.Cancel, core.SendEpoch, core.Release, core.Discard, core.Stage, core.Commit, core.Apply, core.TakeOver:
+	case core.Copy, core.Checkpoint, core.Cancel, core.SendEpoch, core.Release, core.Discard, core.Stage, core.Commit, core.Apply, core.Compare, core.TakeOver:
 		words = append(words, fmt.Sprintf("epoch %d", a.Epoch))
 	}
 	if a.Kind == core.Copy && !a.Full {

@@ -13,6 +13,9 @@ type Epoch uint64
 // Generation numbers the protections of one guest.
 type Generation uint64
 
+// Session tells the processes apart that speak for a primary.
+type Session uint64
+
 // Round numbers the connections of one protection, from 1.
 type Round uint64
 
@@ -62,6 +65,12 @@ type Config struct {
 	// GiveUp is how long after a loss protection waits for the other side to come
 	// back, for a resync. 0: for ever.
 	GiveUp time.Duration
+	// Stale is the silence after which the standby does not do what it finds on a
+	// connection: it may have been asked to take over long ago. 0: it does.
+	Stale time.Duration
+	// Session is the primary's: a number of its process, which nobody else can go on
+	// with. The standby has none.
+	Session Session
 }
 
 // Validate refuses what cannot work.
@@ -141,6 +150,7 @@ const (
 	StandbyLost // the standby is lost
 	PrimaryLost // the primary is lost
 	TakenOver   // the standby runs the guest; the primary's copy was destroyed
+	HandedOver  // the primary asked the standby to take over
 	OutOfStep   // the two sides cannot agree on what the standby has
 	Refused     // the standby refused the same epoch again and again
 	LeaseLost   // the arbiter gave the guest to somebody else
@@ -162,6 +172,12 @@ const (
 	End                              // primary: Reason; drop your copy and say Ended
 	Ended                            // standby: Reason; my copy is dropped
 	Over                             // standby: the guest runs here; destroy your copy
+	Heard                            // primary: I have heard that it does
+	Resync                           // standby: what came of Epoch is refused, for Reason; begin it anew
+	Restart                          // primary: Epoch begins anew; forget what came of it
+	Handover                         // primary: the guest stands here since Epoch; take over from it
+	Sums                             // primary: what some pages were at Epoch
+	Compared                         // standby: what the copy has of all that Sums named
 )
 
 // Message is what one side says to the other, without the pages. Every one
@@ -173,8 +189,11 @@ type Message struct {
 
 	Epoch Epoch // Hello: the oldest that may be run. Welcome: the last that is committed
 	Next  Epoch // Hello: the one that will be sent next, unless the standby has it
-	Alone bool  // Hello: none may be run, output leaves as it comes
-	Armed bool  // Welcome: the copy may be run, and is of Epoch; else Epoch is what it was last equal to
+	Known Epoch // Hello: the last one that the primary knows the standby to have
+	// Session, of a Hello, is the primary's.
+	Session Session
+	Alone   bool // Hello: none may be run, output leaves as it comes
+	Armed   bool // Welcome: the copy may be run, and is of Epoch; else Epoch is what it was last equal to
 
 	Stamp   Time          // the primary's clock when it sent this
 	Echo    Time          // the last Stamp that came in: the promise counts from it
