@@ -247,12 +247,8 @@ func TestOutOfStep(t *testing.T) {
 		if err := other.receive(e.Append(nil, 3, p[:])); err != nil {
 			t.Fatal(err)
 		}
-		was := p
 		p[r.IntN(Size)]++
 		e.Append(nil, 3, p[:]) // lost
-		if p == was {
-			t.Skip()
-		}
 		p[r.IntN(Size)]++
 		b := e.Append(nil, 3, p[:])
 		if err := other.receive(b); len(b) > 0 && !errors.Is(err, ErrBase) {
