@@ -6,14 +6,32 @@
 //
 //	guest → vif3.0 ─ clsact, matchall, mirred redirect → kemari3.0 → bridge
 //	                                                       │
-//	         prio ─┬─ band 0   plug, open: frames from before the first Seal
-//	               ├─ band 1   plug ┐
-//	               ├─ …             ├ one epoch each, in turn
-//	               └─ band 15  plug ┘
+//	         prio ─┬─ band 0   plug ┐
+//	               ├─ band 1   plug │ one epoch each, in turn; before the
+//	               ├─ …             │ first Seal all frames are in band 0,
+//	               └─ band 15  plug ┘ which is open then
 //
 // The frames of one epoch are in one band. Seal turns the new frames to the next
-// band, Release opens the band sealed before. Opened, it drains in order, and
-// it is closed again long before its turn comes anew.
+// band, Release allows the band sealed before to be opened. It is opened when those
+// before it are empty, and closed again when it is empty itself and the next is due.
+//
+// # Why the order holds
+//
+// No two bands that have frames are ever open. Nothing else can be relied on: prio
+// serves the lower band first, which is the wrong one where the numbers begin anew;
+// and not even that is sure, since sch_plug opens a band without the queue's lock.
+// If prio has just found one band closed, and that one and the next are opened
+// before it gets on, it serves the next one first. A host's processor that is taken
+// away at that moment for some milliseconds is enough. Nor may it be assumed that a
+// band empties within some time: the kernel does that in a softirq, which on a host
+// starved of processor time waits for its thread like everybody else, and a band
+// that is closed or filled again meanwhile lets its old frames out an epoch late.
+// So a band's length is asked for before the next is opened; that it is zero says
+// all: the frames were taken out under the lock, are handed on in that order by
+// whoever runs the queue, and no more can come.
+//
+// Release does not wait for a band that is not empty yet. It is looked at again
+// every millisecond, and there is room for fourteen epochs in the meantime.
 //
 // # Why not one plug and its counters
 //
@@ -30,14 +48,26 @@
 // # What is guaranteed
 //
 // After the first Seal has returned, no frame leaves before the Release of its
-// epoch or Close. A frame belongs to the epoch during which it reached the vif's
-// ingress; one that netback delivers late belongs to the next epoch, which is
-// safe. None is lost by Open, Seal, Release, Close or Cleanup. They keep their
-// order, but that frames sent at the moment when Close or Cleanup takes the plug
-// away may overtake a few others.
+// epoch, Pass or Close. A frame belongs to the epoch during which it reached the
+// vif's ingress; one that netback delivers late belongs to the next epoch, which is
+// safe. Several interfaces of a guest have their epochs sealed and released
+// together. No frame is lost or let out twice by Open, Seal, Release, Pass, Close or
+// Cleanup, whenever a process is killed.
+//
+// Frames of one queue of an interface leave in the order in which they came, from
+// Open to Close. There is one moment that needs help: when the redirect is removed,
+// new frames no longer take the way through the plug and could overtake those that
+// are on it. WithPause has the guest stand still for that; without it Close and
+// Cleanup wait for a moment when nothing is on that way, but not for ever.
+//
+// Where the frames go on to, a bridge, Open vSwitch or the host's routes, makes no
+// difference: all these come after the ingress, where the ifb gives them back. Open
+// vSwitch deletes the ingress qdisc of its ports when it sets them up anew; it asks
+// for one of the kind ingress, and is refused since ours is a clsact.
 //
 // One epoch may hold Limit bytes in an interface; further frames are dropped (as
-// any network may) and counted, see Plug.Drops.
+// any network may), counted and logged, see Plug.Drops. The first frame of the epoch
+// has asked for a checkpoint through Held long before.
 //
 // # What is not
 //

@@ -24,13 +24,47 @@ const (
 	tcaStatsQueue = 3
 )
 
-// qdisc is what is of interest of one.
+// qdisc is what is of interest of one, or of a class, which is listed alike.
 type qdisc struct {
 	ifindex        uint32
 	handle, parent uint32
 	kind           string
-	qlen, drops    uint32
-	options        []byte
+	bandStats
+	options []byte
+}
+
+// bandStats is how many frames and bytes one band of prio has, and how many
+// frames it had no room for.
+type bandStats struct{ qlen, backlog, drops uint32 }
+
+// bands lists those of one interface, which needs neither a walk over all the
+// host's qdiscs nor tells others of it.
+func (k *kernel) bands(d *device) (all [numBands]bandStats, err error) {
+	msgs, err := k.nl.Execute(d.list)
+	if err != nil {
+		return all, fmt.Errorf("list bands: %w", err)
+	}
+	found := 0
+	for _, m := range msgs {
+		if m.Header.Type != unix.RTM_NEWTCLASS {
+			continue
+		}
+		q, err := parseQdisc(m.Data)
+		if err != nil {
+			return all, fmt.Errorf("list bands: %w", err)
+		}
+		n := int(q.handle) - rootHandle - 1
+		if q.ifindex != d.ifb || n < 0 || n >= numBands {
+			continue
+		}
+		all[n] = q.bandStats
+		found++
+	}
+	if found != numBands {
+		// Taken for empty, a missing one might be opened too early.
+		return all, fmt.Errorf("list bands: %d of %d: %w", found, numBands, unix.ENOENT)
+	}
+	return all, nil
 }
 
 // qdiscs lists those of all interfaces; the kernel cannot list those of one.
@@ -114,6 +148,7 @@ func parseQdisc(b []byte) (q qdisc, err error) {
 					// struct gnet_stats_queue: qlen, backlog, drops, …
 					if s := ad.Bytes(); ad.Type() == tcaStatsQueue && len(s) >= 12 {
 						q.qlen = binary.NativeEndian.Uint32(s)
+						q.backlog = binary.NativeEndian.Uint32(s[4:])
 						q.drops = binary.NativeEndian.Uint32(s[8:])
 					}
 				}

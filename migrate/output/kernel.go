@@ -15,21 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The bands of the prio qdisc, as many as it can have; see doc.go.
-const (
-	bandPass   = 0
-	firstEpoch = 1
-	numBands   = 16
-)
-
-// nextBand is the one to fill after the given one.
-func nextBand(band int) int {
-	if band == numBands-1 {
-		return firstEpoch
-	}
-	return band + 1
-}
-
 const (
 	rootHandle = 1 << 16
 	// The filter goes before any other at the ingress, and is known by a handle
@@ -49,9 +34,13 @@ type device struct {
 	ifb       uint32 // index
 	ownClsact bool   // the vif had none before
 
+	ring  ring
+	drops uint64 // as last seen
+
 	// The requests of Seal and Release, ready to be sent: to fill a band, to open
-	// its plug, and to close it.
+	// its plug, and to close it; and to list the bands.
 	fill, open, shut [numBands]netlink.Message
+	list             netlink.Message
 }
 
 // kernel is the connections to the kernel. They belong to the network namespace
@@ -166,19 +155,19 @@ func (k *kernel) create(vif string) (*device, error) {
 	d.ifb = uint32(l.Attrs().Index)
 	d.prepare()
 	if err := k.build(d, l); err != nil {
-		return nil, errors.Join(err, k.remove([]*device{d}))
+		return nil, errors.Join(err, k.remove([]*device{d}, nil))
 	}
 	return d, nil
 }
 
-// build puts everything in its place; the redirect last, since the bands of
-// epochs hold from the beginning.
+// build puts everything in its place; the redirect last, since all bands but the
+// first hold from the beginning.
 func (k *kernel) build(d *device, l link.Link) error {
 	mark := label{vif: d.vif, index: d.vifIndex, ownClsact: d.ownClsact}
 	if err := k.links.LinkSetAlias(l, mark.String()); err != nil {
 		return fmt.Errorf("label ifb: %w", err)
 	}
-	if err := k.request(add(d.fill[bandPass])); err != nil {
+	if err := k.request(add(d.fill[d.ring.fill])); err != nil {
 		return fmt.Errorf("add prio qdisc (kernel module sch_prio): %w", err)
 	}
 	for band := range numBands {
@@ -186,7 +175,7 @@ func (k *kernel) build(d *device, l link.Link) error {
 			return fmt.Errorf("add plug qdisc (kernel module sch_plug): %w", err)
 		}
 	}
-	if err := k.request(d.open[bandPass]); err != nil {
+	if err := k.request(d.open[d.ring.head]); err != nil {
 		return fmt.Errorf("open plug: %w", err)
 	}
 	if err := k.links.LinkSetUp(l); err != nil {
@@ -257,6 +246,7 @@ func add(m netlink.Message) netlink.Message {
 
 // prepare makes the requests that are needed while the guest is suspended.
 func (d *device) prepare() {
+	d.list = tcRequest(unix.RTM_GETTCLASS, d.ifb, 0)
 	for band := range numBands {
 		// struct tc_prio_qopt: the number of bands, and one for each priority.
 		prio := binary.NativeEndian.AppendUint32(nil, numBands)

@@ -14,111 +14,166 @@ import (
 // remove takes interfaces off their plugs without losing a frame, as far as there
 // is anything: each step is fine with having been done before.
 //
-// A few frames that are sent just then may overtake others, as with any change
-// of a network's paths. The order of the steps matters. Sealed epochs go out before the one being filled; then the
-// plug passes, the redirect goes, the frames that were on their way when it went
-// leave, and only then the ifb may go, which would take them with it.
-func (k *kernel) remove(devs []*device) error {
+// The order of the steps matters. Epochs go out from the oldest to the newest; then
+// the plug passes, the redirect goes, the frames that were on their way when it
+// went leave, and only then the ifb may go, which would take them with it. Where one
+// of these steps fails the ifb stays, passing: a redirect to nowhere would cut the
+// guest off. Cleanup can be tried again.
+func (k *kernel) remove(devs []*device, pause Pause) error {
 	if len(devs) == 0 {
 		return nil
 	}
 	var errs []error
-	fail := func(d *device, step string, err error) {
-		if err != nil && !isGone(err) {
-			errs = append(errs, fmt.Errorf("unplug %s: %s: %w", d.vif, step, err))
+	fail := func(d *device, step string, err error) bool {
+		if err == nil || isGone(err) {
+			return false
+		}
+		errs = append(errs, fmt.Errorf("unplug %s: %s: %w", d.vif, step, err))
+		return true
+	}
+	left := slices.Clone(devs)
+	each := func(step string, f func(*device) error) {
+		left = slices.DeleteFunc(left, func(d *device) bool { return fail(d, step, f(d)) })
+	}
+	deadline := time.Now().Add(drainTime)
+	for _, d := range devs {
+		fail(d, "let frames out", k.letOut(d, deadline))
+	}
+	resume, paused, err := rest(pause)
+	if err != nil {
+		errs = append(errs, err)
+	}
+	k.settle(devs, paused)
+	each("remove the redirect; its frames pass", k.unredirect)
+	resume()
+	gracePeriod() // nobody is about to put a frame into a plug any more
+	deadline = time.Now().Add(drainTime)
+	each("drain the plug", func(d *device) error {
+		return drain(deadline, func() (bool, error) { return k.plugEmpty(d) })
+	})
+	gracePeriod() // nobody is about to put one from a plug into its ifb
+	each("drain the ifb", func(d *device) error {
+		return drain(deadline, func() (bool, error) { return k.ifbEmpty(d) })
+	})
+	for _, d := range left {
+		fail(d, "remove clsact", k.removeClsact(d))
+		// By index: a name could be somebody else's by now.
+		fail(d, "remove the ifb", k.links.LinkDel(&link.Ifb{LinkAttrs: link.LinkAttrs{Index: int(d.ifb)}}))
+	}
+	return errors.Join(errs...)
+}
+
+// letOut opens the bands from the oldest epoch to the newest, each when those
+// before have left, and lets the last one pass what comes. If something is in the
+// way of that it opens all: frames are better late than lost, and a guest is not to
+// be cut off.
+func (k *kernel) letOut(d *device, deadline time.Time) error {
+	err := k.letOutInOrder(d, deadline)
+	if err != nil {
+		for band := range numBands {
+			err = errors.Join(err, k.request(d.open[band]))
 		}
 	}
-	for _, d := range devs {
-		fail(d, "let frames out", k.letOut(d))
+	return err
+}
+
+func (k *kernel) letOutInOrder(d *device, deadline time.Time) error {
+	qdiscs, err := k.qdiscs()
+	if err != nil {
+		return err
 	}
+	fill, ok := 0, false
+	for _, q := range qdiscs {
+		if q.ifindex == d.ifb && q.handle == rootHandle {
+			fill, ok = q.fillBand()
+		}
+	}
+	if !ok {
+		return nil // there was no time to build it
+	}
+	bands, err := k.bands(d)
+	if err != nil {
+		return err
+	}
+	for band := nextBand(fill); band != fill; band = nextBand(band) {
+		if bands[band].qlen == 0 {
+			continue
+		}
+		if err := k.request(d.open[band]); err != nil {
+			return err
+		}
+		if err := drain(deadline, func() (bool, error) { return k.plugEmpty(d, band) }); err != nil {
+			return err
+		}
+	}
+	// What these had is to be out before the redirect goes.
+	came, _, err := k.ifbCounts(d)
+	if err != nil {
+		return err
+	}
+	if err := drain(deadline, func() (bool, error) {
+		_, went, err := k.ifbCounts(d)
+		return went >= came, err
+	}); err != nil {
+		return err
+	}
+	return k.request(d.open[fill])
+}
+
+// rest has the guest stand still, if it can.
+func rest(pause Pause) (resume func(), paused bool, err error) {
+	if pause != nil {
+		if resume, err = pause(); err == nil {
+			return resume, true, nil
+		}
+		if errors.Is(err, ErrGone) {
+			err = nil
+		} else {
+			err = fmt.Errorf("pause the guest to unplug it: %w", err)
+		}
+	}
+	return func() {}, false, err
+}
+
+// settle waits for a moment when nothing is on its way through the plugs, which new
+// frames would overtake. There is one where the guest stands; else, under traffic,
+// there may be some at any moment.
+func (k *kernel) settle(devs []*device, paused bool) {
+	limit := settleTime
+	if paused {
+		limit = pauseTime
+	}
+	deadline := time.Now().Add(limit)
 	for _, d := range devs {
-		// For the order's sake: once the redirect is gone, new frames overtake what
-		// is still in the plug. Under traffic there may be some at any moment, so
-		// this waits for a good one and not for ever.
-		_ = k.drain(settleTime, func() (bool, error) {
+		_ = drain(deadline, func() (bool, error) {
 			empty, err := k.plugEmpty(d)
 			if !empty || err != nil {
 				return false, err
 			}
 			return k.ifbEmpty(d)
 		})
-		fail(d, "remove the redirect", k.unredirect(d))
 	}
-	gracePeriod() // nobody is about to put a frame into a plug any more
-	for _, d := range devs {
-		fail(d, "drain the plug", k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d) }))
-	}
-	gracePeriod() // nobody is about to put one from a plug into its ifb
-	for _, d := range devs {
-		fail(d, "drain the ifb", k.drain(drainTime, func() (bool, error) { return k.ifbEmpty(d) }))
-		// By index: a name could be somebody else's by now.
-		err := k.links.LinkDel(&link.Ifb{LinkAttrs: link.LinkAttrs{Index: int(d.ifb)}})
-		fail(d, "remove the ifb", err)
-	}
-	return errors.Join(errs...)
-}
-
-// letOut opens the bands from the oldest epoch to the newest.
-func (k *kernel) letOut(d *device) error {
-	qdiscs, err := k.qdiscs()
-	if err != nil {
-		return err
-	}
-	fill, ok := bandPass, false
-	for _, q := range qdiscs {
-		if q.ifindex == d.ifb && q.handle == rootHandle {
-			fill, ok = q.fillBand()
-		}
-	}
-	if !ok || fill == bandPass {
-		return nil // it was never holding, or there was no time to build it
-	}
-	for band := nextBand(fill); ; band = nextBand(band) {
-		if err := k.request(d.open[band]); err != nil || band == fill {
-			return err
-		}
-		// A band that comes later may have priority, and must not overtake.
-		for _, q := range qdiscs {
-			if q.ifindex != d.ifb || q.handle != bandHandle(band) || q.qlen == 0 {
-				continue
-			}
-			if err := k.drain(drainTime, func() (bool, error) { return k.plugEmpty(d, band) }); err != nil {
-				return err
-			}
-		}
+	if paused {
+		gracePeriod() // what the ifb has counted as gone has also been received
 	}
 }
 
-// unredirect removes the filter, and the clsact qdisc if it was there for ours only.
+// unredirect removes the filter.
 func (k *kernel) unredirect(d *device) error {
-	if d.vifIndex == 0 {
-		return nil // it was not labelled yet, and the redirect comes last
-	}
-	if _, err := k.links.LinkByIndex(int(d.vifIndex)); err != nil {
-		return err
-	}
 	// Without a clsact there can be no filter, and asking is an error.
-	missing := true
-	qdiscs, err := k.qdiscs()
-	if err != nil {
+	if has, err := k.hasClsact(d); !has || err != nil {
 		return err
 	}
-	for _, q := range qdiscs {
-		if q.ifindex == d.vifIndex && q.kind == "clsact" {
-			missing = false
-		}
-	}
-	if missing {
-		return nil
-	}
-	if err := k.tc.Filter().Delete(d.filter()); err != nil && !isGone(err) {
+	return k.tc.Filter().Delete(d.filter())
+}
+
+// removeClsact removes that qdisc if it was there for our filter only, and nobody
+// else uses it by now.
+func (k *kernel) removeClsact(d *device) error {
+	if has, err := k.hasClsact(d); !has || !d.ownClsact || err != nil {
 		return err
-	}
-	if !d.ownClsact {
-		return nil
 	}
 	for _, hook := range []uint32{tc.HandleMinIngress, tc.HandleMinEgress} {
-		// Somebody may use it by now.
 		if some, err := k.filters(d.vifIndex, hook); some || err != nil {
 			return err
 		}
@@ -126,43 +181,59 @@ func (k *kernel) unredirect(d *device) error {
 	return k.tc.Qdisc().Delete(d.clsact())
 }
 
+func (k *kernel) hasClsact(d *device) (bool, error) {
+	qdiscs, err := k.qdiscs()
+	return slices.ContainsFunc(qdiscs, func(q qdisc) bool {
+		// An interface that was not labelled yet has no index; its redirect comes last.
+		return d.vifIndex != 0 && q.ifindex == d.vifIndex && q.kind == "clsact"
+	}), err
+}
+
 // drain waits until there is nothing left.
-func (k *kernel) drain(limit time.Duration, empty func() (bool, error)) error {
-	for deadline := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
+func drain(deadline time.Time, empty func() (bool, error)) error {
+	for began := time.Now(); ; time.Sleep(time.Millisecond) {
 		ok, err := empty()
 		if ok || err != nil {
 			return err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("frames are left after %v", limit)
+			return fmt.Errorf("frames are left after %v", time.Since(began).Round(time.Millisecond))
 		}
 	}
 }
 
 // plugEmpty: no frame waits in any of these bands, of all if none is named.
 func (k *kernel) plugEmpty(d *device, bands ...int) (bool, error) {
-	qdiscs, err := k.qdiscs()
+	all, err := k.bands(d)
 	if err != nil {
 		return false, err
 	}
-	for _, q := range qdiscs {
-		if q.ifindex == d.ifb && q.qlen > 0 && (len(bands) == 0 ||
-			slices.ContainsFunc(bands, func(band int) bool { return q.handle == bandHandle(band) })) {
+	for n, b := range all {
+		if b.qlen > 0 && (len(bands) == 0 || slices.Contains(bands, n)) {
 			return false, nil
 		}
 	}
 	return true, nil
 }
 
-// ifbEmpty: all that came into the ifb has gone back to its interface. It counts
-// what comes in as received, and what goes out as sent.
+// ifbEmpty: all that came into the ifb has gone back to its interface.
 func (k *kernel) ifbEmpty(d *device) (bool, error) {
+	came, went, err := k.ifbCounts(d)
+	return came == went, err
+}
+
+// ifbCounts reads how many frames came from the plug into the ifb, which counts
+// them as received, and how many left it.
+func (k *kernel) ifbCounts(d *device) (came, went uint64, err error) {
 	l, err := k.links.LinkByIndex(int(d.ifb))
 	if err != nil {
-		return false, err
+		return 0, 0, err
 	}
 	s := l.Attrs().Statistics
-	return s == nil || s.RxPackets == s.TxPackets+s.RxDropped, nil
+	if s == nil {
+		return 0, 0, nil
+	}
+	return s.RxPackets, s.TxPackets + s.RxDropped, nil
 }
 
 // gracePeriod waits until every frame that is being handled now has been: the

@@ -5,7 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"sync/atomic"
+	"sync"
 	"syscall"
 
 	"github.com/mdlayher/packet"
@@ -23,16 +23,21 @@ type tap struct {
 	conn  *packet.Conn
 	raw   syscall.RawConn
 	index uint32
+	held  chan<- struct{}
 
-	armed atomic.Bool   // the goroutine reads, or is told to
-	tell  chan struct{} // capacity 1: read
-	done  chan struct{}
+	tell chan struct{} // capacity 1: read
+	done chan struct{}
+
+	// mu is one for all taps of a plug. It makes it one act to take a frame and to
+	// report it, so that none from before Arm is reported after it.
+	mu    *sync.Mutex
+	armed bool // the goroutine reads, or is told to
 }
 
 // snap is how much of a frame is kept: there is no frame of no bytes.
 var snap = []bpf.Instruction{bpf.RetConstant{Val: 1}}
 
-func openTap(vif string, index uint32, held chan<- struct{}, log *slog.Logger) (*tap, error) {
+func openTap(vif string, index uint32, mu *sync.Mutex, held chan<- struct{}, log *slog.Logger) (*tap, error) {
 	filter, err := bpf.Assemble(snap)
 	if err != nil {
 		return nil, err
@@ -42,7 +47,7 @@ func openTap(vif string, index uint32, held chan<- struct{}, log *slog.Logger) (
 	if err != nil {
 		return nil, err
 	}
-	t := &tap{conn: conn, index: index, tell: make(chan struct{}, 1), done: make(chan struct{})}
+	t := &tap{conn: conn, index: index, held: held, mu: mu, tell: make(chan struct{}, 1), done: make(chan struct{})}
 	if t.raw, err = conn.SyscallConn(); err == nil {
 		err = t.control(func(fd int) error {
 			return errors.Join(
@@ -56,7 +61,7 @@ func openTap(vif string, index uint32, held chan<- struct{}, log *slog.Logger) (
 		conn.Close()
 		return nil, err
 	}
-	go t.run(held, log.With("interface", vif))
+	go t.run(log.With("interface", vif))
 	return t, nil
 }
 
@@ -67,7 +72,7 @@ func (t *tap) Close() {
 	<-t.done
 }
 
-func (t *tap) run(held chan<- struct{}, log *slog.Logger) {
+func (t *tap) run(log *slog.Logger) {
 	defer close(t.done)
 	for range t.tell {
 		if err := t.wait(); err != nil {
@@ -77,20 +82,15 @@ func (t *tap) run(held chan<- struct{}, log *slog.Logger) {
 			}
 			return
 		}
-		t.armed.Store(false)
-		select {
-		case held <- struct{}{}:
-		default:
-		}
 	}
 }
 
-// wait returns when there is a frame.
+// wait returns when a frame has come and was reported.
 func (t *tap) wait() error {
 	for {
 		var err error
 		if rerr := t.raw.Read(func(fd uintptr) bool {
-			err = recv(int(fd))
+			err = t.take(int(fd))
 			return err != unix.EAGAIN
 		}); rerr != nil {
 			return rerr
@@ -103,7 +103,21 @@ func (t *tap) wait() error {
 	}
 }
 
-// arm drops what is there and has the next frame reported.
+func (t *tap) take(fd int) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := recv(fd); err != nil {
+		return err
+	}
+	t.armed = false
+	select {
+	case t.held <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// arm drops what is there and has the next frame reported. The caller holds mu.
 func (t *tap) arm() {
 	_ = t.control(func(fd int) error {
 		// The socket holds no more than a few; the bound is for a frame that comes
@@ -115,7 +129,8 @@ func (t *tap) arm() {
 		}
 		return nil
 	})
-	if !t.armed.Swap(true) {
+	if !t.armed {
+		t.armed = true
 		t.tell <- struct{}{} // cannot block: it was taken before armed was reset
 	}
 }
