@@ -17,17 +17,23 @@ import (
 
 // VIF is one run of the hotplug script of a guest's network interface, in place
 // of Xen's vif-bridge: that one is a shell script which forks dozens of
-// programs, and is most of what a take-over takes.
+// programs, and is most of what a take-over takes. Under the names
+// vif-kemari-openvswitch and vif-kemari-route it stands for vif-openvswitch and
+// vif-route.
 //
-// It does what vif-bridge of Xen 4.17 to 4.20 does, with these differences:
+// It does what these of Xen 4.17 to 4.20 do, with these differences:
 //   - taking an interface off a bridge that is gone, or one that is gone
 //     itself, is no error;
 //   - the guest is told its MTU under the right path also where the interface
 //     has a name of its own;
 //   - the ACCEPT rules for iptables are needed only where bridged frames pass
 //     a FORWARD chain that might refuse them. There, and where hooks are to be
-//     called (vif-post.d), Run turns into vif-bridge itself.
+//     called (vif-post.d), Run turns into vif-bridge itself. Frames of a switch and
+//     routed ones match none of these rules (physdev-is-bridged);
+//   - a routed interface needs no eth0, and the neighbours are told that its address
+//     has come to this host.
 type VIF struct {
+	Name    string   // of the program, as it was called
 	Args    []string // the command line without the program's name
 	Environ []string
 
@@ -47,7 +53,10 @@ const vifTimeout = 10 * time.Second
 // bridge scripts give this address to a vif, so that no bridge takes it for its own.
 var vifMAC = [6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-const vifBridge = "/etc/xen/scripts/vif-bridge"
+const (
+	vifBridge = "/etc/xen/scripts/vif-bridge"
+	vifRoute  = "/etc/xen/scripts/vif-route"
+)
 
 // vifRun is what Run has found out.
 type vifRun struct {
@@ -105,16 +114,14 @@ func (v VIF) Rehearse() error {
 		return err
 	}
 	defer r.net.Close()
-	if _, err := r.needsVifBridge(); err != nil {
+	if _, err := r.needsScript(); err != nil {
 		return err
 	}
 	bridge, err := r.read("bridge")
 	if err != nil {
 		return err
 	}
-	if bridge, err = r.findBridge(bridge); err != nil {
-		return err
-	}
+	bridge, _ = r.findBridge(bridge) // a host may have none
 	_, _ = r.net.mtu(bridge)
 	return nil
 }
@@ -194,14 +201,14 @@ func (r *vifRun) do() (err error) {
 	}
 	defer r.net.Close()
 
-	byShell, err := r.needsVifBridge()
+	script, err := r.needsScript()
 	if err != nil {
 		return err
 	}
-	if byShell {
-		argv := append([]string{vifBridge}, r.Args...)
-		if err := r.Exec(r.Root+vifBridge, argv, r.Environ); err != nil {
-			return fmt.Errorf("become %s: %w", vifBridge, err)
+	if script != "" {
+		argv := append([]string{script}, r.Args...)
+		if err := r.Exec(r.Root+script, argv, r.Environ); err != nil {
+			return fmt.Errorf("become %s: %w", script, err)
 		}
 		return nil
 	}
@@ -222,20 +229,32 @@ func (r *vifRun) do() (err error) {
 		r.dev = name
 	}
 
-	bridge, err := r.read("bridge")
-	if err != nil {
-		return err
-	}
-	if bridge == "" {
-		bridge = r.lookup("bridge")
-	}
 	if !adding {
 		return r.remove()
+	}
+	switch attachmentOf(r.Name) {
+	case onSwitch:
+		return r.addToSwitch()
+	case routed:
+		return r.addRouted()
+	}
+	bridge, err := r.configured("bridge")
+	if err != nil {
+		return err
 	}
 	if bridge, err = r.findBridge(bridge); err != nil {
 		return err
 	}
 	return r.add(bridge)
+}
+
+// configured returns a setting: xenstore goes before arguments and environment.
+func (r *vifRun) configured(name string) (string, error) {
+	s, err := r.read(name)
+	if s == "" && err == nil {
+		s = r.lookup(name)
+	}
+	return s, err
 }
 
 // rename gives the interface the name chosen for it, unless another has it.
@@ -280,13 +299,9 @@ func (r *vifRun) add(bridge string) error {
 	if err != nil {
 		return fmt.Errorf("interface %s: %w", r.dev, err)
 	}
-	if err := r.net.setUp(r.dev, false); err != nil {
-		return fmt.Errorf("set %s down: %w", r.dev, err)
+	if err := r.asPort(); err != nil {
+		return err
 	}
-	// Neither is worth a guest without a network, and vif-bridge thinks so too.
-	_ = r.net.setMAC(r.dev, vifMAC)
-	_ = r.net.flushIPv4(r.dev)
-
 	if err := r.setMTU(bridge); err != nil {
 		return err
 	}
@@ -298,6 +313,17 @@ func (r *vifRun) add(bridge string) error {
 	if err := r.net.setUp(r.dev, true); err != nil {
 		return fmt.Errorf("set %s up: %w", r.dev, err)
 	}
+	return nil
+}
+
+// asPort prepares an interface for being nothing but a port.
+func (r *vifRun) asPort() error {
+	if err := r.net.setUp(r.dev, false); err != nil {
+		return fmt.Errorf("set %s down: %w", r.dev, err)
+	}
+	// Neither is worth a guest without a network, and vif-bridge thinks so too.
+	_ = r.net.setMAC(r.dev, vifMAC)
+	_ = r.net.flushIPv4(r.dev)
 	return nil
 }
 
@@ -327,9 +353,17 @@ func (r *vifRun) setMTU(bridge string) error {
 	return r.store.Write(r.ctx, "/local/domain/"+domid+"/device/vif/"+devid+"/mtu", strconv.Itoa(mtu))
 }
 
-// remove takes the interface down and off its bridge. The kernel may have been
+// remove takes the interface down and off what it is on. The kernel may have been
 // faster.
 func (r *vifRun) remove() error {
+	switch attachmentOf(r.Name) {
+	case onSwitch:
+		r.removeFromSwitch()
+		return nil
+	case routed:
+		r.removeRouted()
+		return nil
+	}
 	port, err := r.net.index(r.dev)
 	if err != nil {
 		return nil
@@ -343,22 +377,30 @@ func (r *vifRun) remove() error {
 	return nil
 }
 
-// needsVifBridge: whether there is something to do that vif-bridge alone can.
-func (r *vifRun) needsVifBridge() (bool, error) {
+// needsScript returns Xen's script for what it alone can do, if there is some.
+func (r *vifRun) needsScript() (string, error) {
+	at := attachmentOf(r.Name)
+	if at == onSwitch {
+		return "", nil
+	}
 	if hooks, _ := filepath.Glob(r.Root + "/etc/xen/scripts/vif-post.d/*.hook"); len(hooks) > 0 {
-		return true, nil
+		if at == routed {
+			return vifRoute, nil
+		}
+		return vifBridge, nil
 	}
-	if !exists(r.Root+"/usr/sbin/iptables", r.Root+"/sbin/iptables") {
-		return false, nil // and so vif-bridge would do nothing either
+	if at == routed || !exists(r.Root+"/usr/sbin/iptables", r.Root+"/sbin/iptables") {
+		return "", nil // and so Xen's would do nothing either
 	}
-	ip, err := r.read("ip")
+	ip, err := r.configured("ip")
 	if err != nil {
-		return false, err
+		return "", err
 	}
-	if ip != "" || r.lookup("ip") != "" {
-		return true, nil // the interface may send from these addresses only
+	// It may be that the interface is to send from these addresses only.
+	if ip != "" || !forwardOpen(r.Root) {
+		return vifBridge, nil
 	}
-	return !forwardOpen(r.Root), nil
+	return "", nil
 }
 
 func exists(paths ...string) bool {

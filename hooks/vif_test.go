@@ -28,6 +28,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // folder whose /sys is the namespace's.
 type host struct {
 	t     *testing.T
+	name  string // of the program
 	root  string
 	store *xenstoretest.Server
 	execs [][]string
@@ -90,13 +91,14 @@ func (h *host) run(args ...string) error {
 
 func (h *host) vif(args ...string) VIF {
 	return VIF{
+		Name: h.name,
 		Args: args,
 		Environ: []string{"script=/etc/xen/scripts/vif-kemari", "XENBUS_TYPE=vif", "XENBUS_PATH=" + backend,
 			"XENBUS_BASE_PATH=backend", "netdev=", "INTERFACE=vif7.0-emu", "vif=vif7.0"},
 		Root: h.root,
 		Dial: func() (*xenstore.Client, error) { return xenstore.DialSocket(h.root + "/socket") },
 		Exec: func(path string, argv, environ []string) error {
-			if len(environ) == 0 || path != h.root+vifBridge {
+			if len(environ) == 0 || path != h.root+argv[0] {
 				h.t.Errorf("exec %s with environment %q", path, environ)
 			}
 			h.execs = append(h.execs, argv)
