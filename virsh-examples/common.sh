@@ -22,6 +22,10 @@ fail() {
 	printf 'FAILED: %s\n' "$*" >&2
 	exit 1
 }
+ok() {
+	printf '\nOK\n'
+	exit 0
+}
 # word KEY LINE: the value of KEY in words key=value
 word() { sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" <<<"$2"; }
 # field KEY: the number of "KEY" in the JSON on stdin
@@ -52,6 +56,17 @@ guest_answers() {
 		[ $SECONDS -lt $end ] || return 1
 		sleep 0.5
 	done
+}
+# The guest of the stories, with stock libvirt on xen1, unless it runs there already.
+guest_runs() {
+	step 'Start a guest on xen1, with stock libvirt. It serves a counter over TCP.'
+	"$lab" ssh 1 virsh -q -c xen:///system domstate g1 2>/dev/null | grep -qx running ||
+		on 1 virsh -c xen:///system create /var/lib/kemari-lab/g1.xml
+	guest_answers 300 || fail "the guest does not answer on $guest"
+}
+# Protects it, unless a story before has.
+protect() {
+	"$lab" ssh 1 kemari status | grep -qE '^g1 +primary +protected ' || on 1 virsh migrate --kemari --live --kemari-timeout "${TIMEOUT_MS:-1500}" g1 kemari+ssh://xen2/system
 }
 # Libvirt's own lifecycle events on host $1, one a line, into $tmp/events.
 events_start() {

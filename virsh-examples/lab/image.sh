@@ -22,7 +22,7 @@ R=$work/rootfs
 
 # qemu-system-xen is the device model of HVM guests.
 say "fetching Debian $suite with Xen $xen and libvirt (about 90 s)"
-mmdebstrap --quiet --variant=minbase --include="systemd-sysv,udev,kmod,dbus,iproute2,procps,linux-image-amd64,xen-hypervisor-$xen-amd64,xen-utils-$xen,xen-utils-common,qemu-system-xen,libvirt-daemon-system,libvirt-daemon-driver-xen,libvirt-clients,openssh-server,bridge-utils,ethtool,iputils-ping,tcpdump,strace,python3-libvirt" \
+mmdebstrap --quiet --variant=minbase --include="systemd-sysv,udev,kmod,dbus,iproute2,procps,linux-image-amd64,xen-hypervisor-$xen-amd64,xen-utils-$xen,xen-utils-common,qemu-system-xen,libvirt-daemon-system,libvirt-daemon-driver-xen,libvirt-clients,openssh-server,bridge-utils,ethtool,iputils-ping,tcpdump,strace,python3-libvirt,openvswitch-switch" \
 	"$suite" "$work/rootfs.tar" >&2
 tar xf "$work/rootfs.tar" -C "$R" --exclude="./dev/*"
 rm "$work/rootfs.tar"
@@ -50,6 +50,8 @@ in_root systemctl -q enable lab-net ssh libvirtd
 sed -i /pam_systemd/d "$R/etc/pam.d/common-session"
 # Timers would wake up in the middle of a measurement.
 in_root systemctl -q mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer systemd-tmpfiles-clean.timer libvirt-guests.service
+# Open vSwitch is there for who wants it.
+in_root systemctl -q disable openvswitch-switch
 # An emulated AMD processor under Xen shows neither sep nor vme, and libvirt
 # knows no processor model without both.
 sed -i "/name='sep'/d;/name='vme'/d" "$R"/usr/share/libvirt/cpu_map/x86_{kvm64,qemu64,kvm32,486,pentium}.xml
