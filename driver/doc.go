@@ -16,6 +16,9 @@
 //	shadow.go   the standby's copy is a paused guest, and is left alone
 //	job.go      the protection is the guest's job, with statistics; stats.go too
 //	events.go   what happens to it is sent to whoever has registered
+//	switchover.go  a migration of a protected guest to its standby; reprotect.go then
+//	            has it protected the other way round; persist.go defines it there
+//	            and undefines it here
 //	migrate.go  every way to ask for it; capabilities.go says that one can
 //
 // The driver holds no guest's life in its hands. What protects a guest are

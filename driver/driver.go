@@ -48,6 +48,7 @@ type Config struct {
 
 	MaxClients int    // a user other than root may have a quarter of them
 	Root       string // of the run-time folders
+	PKI        string // of libvirt's certificates; control.PKI without it
 	Units      Units
 	Log        *slog.Logger
 
@@ -92,6 +93,7 @@ func New(cfg Config) (*Driver, error) {
 	}
 	def(&cfg.UpstreamURI, DefaultUpstreamURI)
 	def(&cfg.Root, control.Dir)
+	def(&cfg.PKI, control.PKI)
 	if cfg.MaxClients == 0 {
 		cfg.MaxClients = DefaultMaxClients
 	}
@@ -100,7 +102,7 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if cfg.Libvirt == nil {
 		cfg.Libvirt = func(ctx context.Context) (Libvirt, error) {
-			return OpenLibvirt(ctx, cfg.upstreamSocket(false), cfg.UpstreamURI)
+			return openLibvirt(ctx, cfg.upstreamSockets(false), cfg.UpstreamURI)
 		}
 	}
 	if cfg.Host == nil {

@@ -166,13 +166,13 @@ func (s *session) change(ctx context.Context, p *rpc.Packet, dom rpc.Domain, doc
 		s.forward(ctx, p)
 		return
 	}
-	before := control.Checkpoint{Trigger: cfg.Trigger, Min: cfg.CheckpointMin, Max: cfg.CheckpointMax}
+	before := cfg.Checkpoint
 	socket := s.d.paths(control.Primary, dom.UUID).Socket
 	if _, err := control.SetCheckpoint(ctx, socket, *next); err != nil {
 		s.fail(p, fmt.Errorf("guest %q is protected, and its checkpoints cannot be set anew: %w", dom.Name, err))
 		return
 	}
-	s.log.Info("checkpoints set anew", "domain", dom.Name, "trigger", next.Trigger, "min", next.Min, "max", next.Max)
+	s.log.Info("checkpoints set anew", "domain", dom.Name, "trigger", next.Trigger, "min", next.Min, "max", next.Max, "paused", next.Paused)
 	s.onReply(p, func(r *rpc.Packet) *rpc.Packet {
 		if r.Status == rpc.OK {
 			return r
@@ -235,8 +235,8 @@ func settled(oldXML, newXML string, cfg *control.PrimaryConfig) (*control.Checkp
 	if err := refuseAll(rs); err != nil {
 		return nil, err
 	}
-	next := control.Checkpoint{Trigger: is.Checkpoint.Trigger, Min: is.Checkpoint.Min, Max: is.Checkpoint.Max}
-	if reflect.DeepEqual(is.Checkpoint, was.Checkpoint) || next == (control.Checkpoint{Trigger: cfg.Trigger, Min: cfg.CheckpointMin, Max: cfg.CheckpointMax}) {
+	next := control.Checkpoint(is.Checkpoint)
+	if is.Checkpoint == was.Checkpoint || next == cfg.Checkpoint {
 		return nil, nil
 	}
 	return &next, nil

@@ -166,16 +166,17 @@ func TestChangeProtected(t *testing.T) {
 		"autostart":                 {doc: element(" autostart='yes'><standby uri='kemari+ssh://xen2/system'/><checkpoint max='100'/>")},
 		"the standby it has":        {doc: element("><standby uri='kemari+ssh://xen2/system'/><checkpoint max='100'/>")},
 		"another standby":           {doc: element("><standby uri='kemari+ssh://xen3/system'/><checkpoint max='100'/>"), refuse: []string{"standby (kemari+ssh://xen2/system) cannot be changed", "domjobabort"}},
-		"checkpoints":               {doc: element("><checkpoint trigger='interval' min='10' max='20'/>"), set: []control.Checkpoint{{Trigger: "interval", Min: 10 * time.Millisecond, Max: 20 * time.Millisecond}}},
+		"checkpoints":               {doc: element("><checkpoint trigger='interval' min='10' max='20'/>"), set: []control.Checkpoint{{Trigger: "interval", Min: 10 * time.Millisecond, Max: 20 * time.Millisecond, Paused: 30}}},
+		"how long it is paused":     {doc: element("><checkpoint max='100' paused='10%'/>"), set: []control.Checkpoint{{Trigger: "output", Min: 5 * time.Millisecond, Max: 100 * time.Millisecond, Paused: 10}}},
 		"back to what holds":        {doc: element("><checkpoint max='50'/>")},
-		"checkpoints by default":    {doc: g1XML, set: []control.Checkpoint{{Trigger: "output", Min: 5 * time.Millisecond, Max: 200 * time.Millisecond}}},
+		"checkpoints by default":    {doc: g1XML, set: []control.Checkpoint{{Trigger: "output", Min: 5 * time.Millisecond, Max: 200 * time.Millisecond, Paused: 30}}},
 		"heartbeat":                 {doc: element("><checkpoint max='100'/><heartbeat interval='50'/>"), refuse: []string{"heartbeat cannot be changed"}},
 		"the heartbeat it has":      {doc: element("><checkpoint max='100'/><heartbeat interval='70' timeout='700'/>")},
 		"arbiter":                   {doc: element("><checkpoint max='100'/><arbiter type='none'/>")},
 		"another arbiter":           {doc: element("><checkpoint max='100'/><arbiter type='none' automatic='yes'/>"), refuse: []string{"arbiter cannot be changed"}},
 		"a disk":                    {doc: strings.Replace(element(stored), "<devices>", "<devices><disk type='file'><target dev='xvda'/></disk>", 1), refuse: []string{"started next: disks (xvda)"}},
 		"all of it":                 {doc: element("><standby uri='kemari+ssh://xen3/system'/><checkpoint max='7'/><heartbeat interval='50'/><arbiter type='none' automatic='yes'/>"), refuse: []string{"(1) the standby", "(2) the heartbeat", "(3) the arbiter"}},
-		"by its name":               {doc: strings.Replace(element("><checkpoint max='7'/>"), "<uuid>"+g1UUID+"</uuid>", "", 1), set: []control.Checkpoint{{Trigger: "output", Min: 5 * time.Millisecond, Max: 7 * time.Millisecond}}},
+		"by its name":               {doc: strings.Replace(element("><checkpoint max='7'/>"), "<uuid>"+g1UUID+"</uuid>", "", 1), set: []control.Checkpoint{{Trigger: "output", Min: 5 * time.Millisecond, Max: 7 * time.Millisecond, Paused: 30}}},
 		"of another domain":         {doc: strings.ReplaceAll(element("><standby uri='kemari+ssh://xen3/system'/>"), g1UUID, "00000000-0000-0000-0000-000000000009")},
 		"of a new one, by its name": {doc: strings.NewReplacer("<uuid>"+g1UUID+"</uuid>", "", ">g1<", ">g9<").Replace(element("><checkpoint max='7'/>"))},
 	} {
@@ -186,10 +187,10 @@ func TestChangeProtected(t *testing.T) {
 			h.libvirt.guest.XML = lower(t, element(stored))
 			p := protectedGuest(t, h, control.Primary, control.Protected)
 			cfg := control.PrimaryConfig{
-				Domain: "g1", UUID: g1UUID, Generation: 5, StandbyURI: "kemari+ssh://xen2/system", Trigger: "output",
-				CheckpointMin: 5 * time.Millisecond, CheckpointMax: 50 * time.Millisecond,
-				Heartbeat: control.Heartbeat{Interval: 70 * time.Millisecond, Timeout: 700 * time.Millisecond},
-				Arbiter:   control.Arbiter{Type: "none"},
+				Domain: "g1", UUID: g1UUID, Generation: 5, StandbyURI: "kemari+ssh://xen2/system",
+				Checkpoint: control.Checkpoint{Trigger: "output", Min: 5 * time.Millisecond, Max: 50 * time.Millisecond, Paused: 30},
+				Heartbeat:  control.Heartbeat{Interval: 70 * time.Millisecond, Timeout: 700 * time.Millisecond},
+				Arbiter:    control.Arbiter{Type: "none"},
 			}
 			if err := control.WriteConfig(p.paths, cfg); err != nil {
 				t.Fatal(err)
@@ -219,8 +220,8 @@ func TestChangeProtectedMetadata(t *testing.T) {
 	h := newHost(t, "xen1", up.path)
 	c := client(t, h.rw)
 	p := protectedGuest(t, h, control.Primary, control.Protected)
-	before := control.Checkpoint{Trigger: "output", Min: 5 * time.Millisecond, Max: 50 * time.Millisecond}
-	cfg := control.PrimaryConfig{Generation: 5, StandbyURI: "kemari+ssh://xen2/system", Trigger: before.Trigger, CheckpointMin: before.Min, CheckpointMax: before.Max}
+	before := control.Checkpoint{Trigger: "output", Min: 5 * time.Millisecond, Max: 50 * time.Millisecond, Paused: 30}
+	cfg := control.PrimaryConfig{Generation: 5, StandbyURI: "kemari+ssh://xen2/system", Checkpoint: before}
 	if err := control.WriteConfig(p.paths, cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -228,7 +229,7 @@ func TestChangeProtectedMetadata(t *testing.T) {
 		_, err := remote(c, rpc.ProcDomainSetMetadata, metadata(t, xml.Namespace, doc, affectLive))
 		return err
 	}
-	after := control.Checkpoint{Trigger: "output", Min: 5 * time.Millisecond, Max: 9 * time.Millisecond}
+	after := control.Checkpoint{Trigger: "output", Min: 5 * time.Millisecond, Max: 9 * time.Millisecond, Paused: 30}
 	if err := set("<kemari><checkpoint max='9'/></kemari>"); err != nil || !reflect.DeepEqual(p.set, []control.Checkpoint{after}) {
 		t.Errorf("%v, %v", err, p.set)
 	}

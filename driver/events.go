@@ -40,6 +40,7 @@ const (
 	resumedMigrated  = 1
 	eventStopped     = 5
 	stoppedDestroyed = 1
+	stoppedMigrated  = 3
 	stoppedFailed    = 5
 )
 
@@ -325,6 +326,7 @@ type part struct {
 type seen struct {
 	st      control.Status
 	dom     rpc.Domain
+	alone   bool      // it was told last that the guest goes on without its standby
 	told    time.Time // of the last iteration
 	toldFor uint64
 }
@@ -406,12 +408,12 @@ func (d *Driver) survey(ctx context.Context, known map[part]*seen, emit func(*ev
 		if now.Generation != before.Generation && before.Generation != 0 && !over(before) {
 			end := before
 			end.Phase, end.Since, end.Error = control.Ended, time.Now(), "another protection of the guest has begun"
-			d.changed(k.dom, before, end, emit)
+			d.changed(k, before, end, emit)
 		}
 		if now.Generation != before.Generation {
 			before = control.Status{}
 		}
-		d.changed(k.dom, before, now, emit)
+		d.changed(k, before, now, emit)
 		if !over(now) && now.Epoch > k.toldFor && time.Since(k.told) >= iterationEvery {
 			k.told, k.toldFor = time.Now(), now.Epoch
 			emit(&event{id: rpc.EventMigrationIteration, dom: k.dom, iteration: int32(now.Epoch & 0x7fffffff)})
@@ -439,21 +441,32 @@ func (d *Driver) domainOf(k part, st control.Status) rpc.Domain {
 //
 //	               primary                       standby
 //	protected      RESUMED/MIGRATED              STARTED/MIGRATED, SUSPENDED/MIGRATED
-//	ended          RESUMED/UNPAUSED if it runs   STOPPED/DESTROYED
+//	alone          RESUMED/UNPAUSED              (it is lost, or was told to end)
+//	ended          RESUMED/UNPAUSED if it runs,  STOPPED/DESTROYED
+//	               unless it was alone
 //	lost           the same; STOPPED/FAILED if   STOPPED/FAILED
 //	               the guest is gone
 //	taken over                                   libvirtd's own RESUMED/MIGRATED
+//	switched over  STOPPED/MIGRATED              the same
 //
 // Each change of the phase is a METADATA_CHANGE of our namespace, and every end a
-// JOB_COMPLETED.
-func (d *Driver) changed(dom rpc.Domain, before, now control.Status, emit func(*event)) {
+// JOB_COMPLETED. One whose standby is silent, and looked for, has not ended.
+func (d *Driver) changed(k *seen, before, now control.Status, emit func(*event)) {
 	if before.Phase == now.Phase {
 		return
 	}
+	dom, alone := k.dom, k.alone && before.Generation == now.Generation
+	k.alone = now.Phase == control.Alone || alone && now.Phase != control.Protected
 	lifecycle := func(what, why int32) { emit(&event{id: rpc.EventLifecycle, dom: dom, what: what, why: why}) }
 	switch {
+	case now.Phase == control.Protected && before.Phase == control.Switching:
+		// It stood for a while, and nothing has become of that.
 	case now.Phase == control.Protected:
 		lifecycle(eventResumed, resumedMigrated)
+	case now.Phase == control.Alone:
+		if before.Phase == control.Protected || before.Phase == control.Switching {
+			lifecycle(eventResumed, resumedUnpaused)
+		}
 	case now.Phase == control.Ready:
 		lifecycle(eventStarted, startedMigrated)
 		lifecycle(eventSuspended, suspendMigrated)
@@ -465,10 +478,14 @@ func (d *Driver) changed(dom rpc.Domain, before, now control.Status, emit func(*
 			}
 			lifecycle(eventStopped, why)
 		}
-	case now.Phase == control.Ended && (before.Phase == control.Protected || before.Phase == control.Ending && now.Epoch > 0):
+	case now.Phase == control.Ended && now.SwitchedOver != "":
+		lifecycle(eventStopped, stoppedMigrated)
+	case now.Phase == control.Ended && (before.Phase == control.Protected || before.Phase == control.Switching || before.Phase == control.Alone || before.Phase == control.Ending && now.Epoch > 0):
 		switch d.running(dom.UUID) {
 		case stands:
-			lifecycle(eventResumed, resumedUnpaused)
+			if !alone {
+				lifecycle(eventResumed, resumedUnpaused)
+			}
 		case gone:
 			if now.Error != "" {
 				lifecycle(eventStopped, stoppedFailed)

@@ -162,6 +162,41 @@ func TestEventsOfPrimary(t *testing.T) {
 	l.want("10 lifecycle g1#0 4/1", "13 metadata g1", "11 iteration g1 1")
 	p.exit("the standby was lost")
 	l.want("10 lifecycle g1#0 5/5", "12 completed g1 0 the standby was lost", "13 metadata g1")
+	// One whose guest was handed over.
+	p = protectedGuest(t, h, control.Primary, control.Protected)
+	l.want("10 lifecycle g1#0 4/1", "13 metadata g1")
+	p.phase(control.Switching)
+	l.want("13 metadata g1")
+	p.phase(control.Protected)
+	l.want("13 metadata g1")
+	p.tell(func(st *control.Status) { st.SwitchedOver = st.Peer })
+	p.exit("")
+	l.want("10 lifecycle g1#0 5/3", "12 completed g1 1 <nil>", "13 metadata g1")
+	// One whose standby is silent, comes back, and is silent again when it is to end.
+	h.libvirt.err = nil
+	p = protectedGuest(t, h, control.Primary, control.Protected)
+	l.want("10 lifecycle g1#0 4/1", "13 metadata g1")
+	alone := func(st *control.Status) {
+		st.Phase, st.Error, st.Hint = control.Alone, "the standby is silent", "look after it"
+	}
+	p.tell(alone)
+	l.want("10 lifecycle g1#0 4/0", "13 metadata g1")
+	p.tell(func(st *control.Status) { st.Phase, st.Error, st.Hint = control.Protected, "", "" })
+	l.want("10 lifecycle g1#0 4/1", "13 metadata g1")
+	p.tell(alone)
+	l.want("10 lifecycle g1#0 4/0", "13 metadata g1")
+	p.phase(control.Ending)
+	l.want("13 metadata g1")
+	p.exit("")
+	l.want("12 completed g1 1 <nil>", "13 metadata g1")
+	// And one that is lost with its guest.
+	p = protectedGuest(t, h, control.Primary, control.Protected)
+	l.want("10 lifecycle g1#0 4/1", "13 metadata g1")
+	p.tell(alone)
+	l.want("10 lifecycle g1#0 4/0", "13 metadata g1")
+	h.libvirt.err = ErrNoGuest
+	p.exit("the guest has ended")
+	l.want("10 lifecycle g1#0 5/5", "12 completed g1 0 the guest has ended", "13 metadata g1")
 	// And one that ended before it was complete says nothing of the guest's life.
 	p = protectedGuest(t, h, control.Primary, control.Copying)
 	l.want("13 metadata g1")

@@ -50,6 +50,9 @@ type fakeLibvirt struct {
 	free   uint64
 	next   string   // the XML of the next start, if it is another
 	listed []uint32 // flags of the lists that were asked for
+
+	defined   []string // the definitions that were made, "" for one that was taken away
+	defineErr error
 }
 
 func (f *fakeLibvirt) Guest(id rpc.UUID) (Guest, error) {
@@ -62,9 +65,14 @@ func (f *fakeLibvirt) Guest(id rpc.UUID) (Guest, error) {
 	return f.guest, nil
 }
 func (f *fakeLibvirt) Names() (map[string]Known, error) { return f.names, nil }
-func (f *fakeLibvirt) FreeMemory() (uint64, error)      { return f.free, nil }
-func (f *fakeLibvirt) Version() (uint64, error)         { return 9000000, nil }
-func (f *fakeLibvirt) Close() error                     { return nil }
+func (f *fakeLibvirt) Node() (Node, error)              { return Node{f.free, 9000000}, nil }
+func (f *fakeLibvirt) Define(_ rpc.UUID, doc string) error {
+	if f.defineErr == nil {
+		f.defined = append(f.defined, doc)
+	}
+	return f.defineErr
+}
+func (f *fakeLibvirt) Close() error { return nil }
 
 // fakeUnits runs the processes of a protection within the test. What a process
 // does is its script, which gets the process with phase starting.
@@ -147,6 +155,7 @@ type process struct {
 	st     control.Status
 	set    []control.Checkpoint // what it was told to take up
 	setErr error                // why it does not
+	handed func() error         // on request, and what becomes of that; nil: it is handed over
 	once   sync.Once
 }
 
@@ -170,6 +179,16 @@ func (p *process) request(_ context.Context, req control.Request) (control.Statu
 			p.set = append(p.set, *req.Checkpoint)
 		}
 		return p.st, p.setErr
+	}
+	if req.Op == control.OpSwitchover {
+		if p.handed != nil {
+			if err := p.handed(); err != nil {
+				return control.Status{}, err
+			}
+		}
+		p.tell(func(st *control.Status) { st.Phase, st.SwitchedOver = control.Ended, st.Peer })
+		control.WriteLast(p.paths, p.status())
+		go p.exit("")
 	}
 	if req.Op == control.OpAbort {
 		p.phase(control.Ended)
@@ -333,7 +352,39 @@ func newLibvirtd(t *testing.T, answer func(net.Conn, *rpc.Packet) *rpc.Packet) *
 			return &rpc.Packet{Header: p.Reply(rpc.OK), Payload: p.Payload}
 		}
 	}
-	l, err := net.Listen("unix", f.path)
+	accept(t, f.path, func(c net.Conn) {
+		defer c.Close()
+		for authenticated := false; ; {
+			p, err := rpc.ReadPacket(c)
+			if err != nil {
+				return
+			}
+			// As a libvirtd with polkit does: not a word before that was asked for.
+			if p.Program == rpc.ProgramRemote && p.Procedure == rpc.ProcAuthList {
+				authenticated = true
+				rpc.WritePacket(c, &rpc.Packet{Header: p.Reply(rpc.OK), Payload: (&rpc.AuthListRet{rpc.AuthNone}).Append(nil)})
+				continue
+			}
+			if !authenticated {
+				rpc.WritePacket(c, &rpc.Packet{Header: p.Reply(rpc.Failed), Payload: errMustAuthenticate.Append(nil)})
+				continue
+			}
+			f.mu.Lock()
+			f.got = append(f.got, p)
+			f.mu.Unlock()
+			if a := f.answer(c, p); a != nil && rpc.WritePacket(c, a) != nil {
+				return
+			}
+		}
+	})
+	return f
+}
+
+// accept has every connection to the socket served until the test ends. The driver is
+// to be started after it: its connections are to be gone by then.
+func accept(t *testing.T, path string, serve func(net.Conn)) {
+	t.Helper()
+	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -344,36 +395,10 @@ func newLibvirtd(t *testing.T, answer func(net.Conn, *rpc.Packet) *rpc.Packet) *
 			if err != nil {
 				return
 			}
-			wg.Go(func() {
-				defer c.Close()
-				for authenticated := false; ; {
-					p, err := rpc.ReadPacket(c)
-					if err != nil {
-						return
-					}
-					// As a libvirtd with polkit does: not a word before that was asked for.
-					if p.Program == rpc.ProgramRemote && p.Procedure == rpc.ProcAuthList {
-						authenticated = true
-						rpc.WritePacket(c, &rpc.Packet{Header: p.Reply(rpc.OK), Payload: (&rpc.AuthListRet{rpc.AuthNone}).Append(nil)})
-						continue
-					}
-					if !authenticated {
-						rpc.WritePacket(c, &rpc.Packet{Header: p.Reply(rpc.Failed), Payload: errMustAuthenticate.Append(nil)})
-						continue
-					}
-					f.mu.Lock()
-					f.got = append(f.got, p)
-					f.mu.Unlock()
-					if a := f.answer(c, p); a != nil && rpc.WritePacket(c, a) != nil {
-						return
-					}
-				}
-			})
+			wg.Go(func() { serve(c) })
 		}
 	})
-	// Registered before the driver's, so it runs after: the connections are gone.
 	t.Cleanup(func() { l.Close(); wg.Wait() })
-	return f
 }
 
 func (f *fakeLibvirtd) packets() []*rpc.Packet {

@@ -38,7 +38,7 @@ var guarded = map[rpc.Procedure]guardRule{
 	rpc.ProcDomainMigrateBegin3Params:    {what: "migrating", harm: losesPages},
 	rpc.ProcDomainMigratePerform:         {what: "migrating", harm: losesPages},
 	rpc.ProcDomainMigratePerform3:        {what: "migrating", harm: losesPages},
-	rpc.ProcDomainMigratePerform3Params:  {what: "migrating", harm: losesPages},
+	rpc.ProcDomainMigratePerform3Params:  {what: "migrating", harm: losesPages}, // but to its standby, see switches
 	rpc.ProcDomainSnapshotCreateXML:      {what: "taking a snapshot of", harm: losesPages},
 	rpc.ProcDomainRevertToSnapshot:       {what: "reverting", harm: changes, snapshot: true},
 	rpc.ProcDomainCheckpointCreateXML:    {what: "making a disk checkpoint of", harm: losesPages},
@@ -79,6 +79,9 @@ func (s *session) guard(ctx context.Context, p *rpc.Packet, g guardRule) (bool, 
 	s.async(ctx, p, func(ctx context.Context) {
 		if st, ok := s.d.shadow(ctx, dom.UUID); ok {
 			s.fail(p, errShadow(named(st, dom.Name), g.what+" it"))
+			return
+		}
+		if done := s.switchPrimary(ctx, p, *dom); done {
 			return
 		}
 		next := g.impact && rpc.LastFlags(p.Payload)&(affectLive|affectConfig) == affectConfig

@@ -66,6 +66,9 @@ func (s *session) intercept(ctx context.Context, p *rpc.Packet) (bool, error) {
 	case rpc.ProcDomainAbortJob, rpc.ProcDomainAbortJobFlags:
 		return s.abortJob(ctx, p)
 	}
+	if done, err := s.switchOthers(ctx, p); done || err != nil {
+		return done, err
+	}
 	if g, ok := guarded[p.Procedure]; ok {
 		return s.guard(ctx, p, g)
 	}

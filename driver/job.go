@@ -164,8 +164,12 @@ func kemariParams(st control.Status) []rpc.TypedParam {
 	ps.number("kemari.lag.last", st.CommitLag)
 	ps.string("kemari.arbiter", st.Arbiter)
 	ps.bool("kemari.automatic", st.Automatic)
+	risk := st.Risk
+	if st.Phase == control.Ended || st.Phase == control.Active {
+		risk = "" // it was that of the protection
+	}
 	for _, t := range []struct{ name, v string }{
-		{"kemari.trigger", st.Trigger}, {"kemari.risk", st.Risk}, {"kemari.error", st.Error}, {"kemari.hint", st.Hint},
+		{"kemari.trigger", st.Trigger}, {"kemari.risk", risk}, {"kemari.error", st.Error}, {"kemari.hint", st.Hint},
 	} {
 		if t.v != "" {
 			ps.string(t.name, t.v)

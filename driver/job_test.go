@@ -92,6 +92,17 @@ func TestJob(t *testing.T) {
 	if err != nil || e != nil || info.Type != jobUnbounded || info.MemTotal != 8192 || info.MemRemaining != 4096 || info.DataProcessed != 1<<20 {
 		t.Errorf("%+v, %v, %v", info, err, e)
 	}
+	// The guest goes on without its standby, and the job goes on with it.
+	p.tell(func(st *control.Status) {
+		st.Phase, st.Error, st.Hint = control.Alone, "the standby is silent", "look after its host"
+	})
+	if r, err = jobStats(t, c, 0); err != nil || r.Type != jobUnbounded {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	wantValues(t, values(t, r.Params), map[string]any{
+		"memory_iteration": 77, "downtime": 3, "success": nil, "errmsg": nil,
+		"kemari.phase": "alone", "kemari.error": "the standby is silent", "kemari.hint": "look after its host",
+	})
 	// Nothing has completed yet.
 	_, err = jobStats(t, c, jobStatsCompleted)
 	wantError(t, err, none.Code, none.Message)
@@ -104,7 +115,7 @@ func TestJob(t *testing.T) {
 		if err != nil || r.Type != jobFailed {
 			t.Fatalf("%+v, %v", r, err)
 		}
-		wantValues(t, values(t, r.Params), map[string]any{"errmsg": "the standby is full", "success": 0, "downtime": 70, "kemari.phase": "ended", "kemari.error": "the standby is full"})
+		wantValues(t, values(t, r.Params), map[string]any{"errmsg": "the standby is full", "success": 0, "downtime": 70, "kemari.phase": "ended", "kemari.error": "the standby is full", "kemari.risk": nil})
 	}
 	// Told once, as libvirt does.
 	_, err = jobStats(t, c, jobStatsCompleted)

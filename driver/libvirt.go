@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"time"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
 
 	"kemari/driver/rpc"
+	"kemari/migrate/daemon"
 )
 
 // Libvirt is what the driver itself asks of libvirtd. The methods block until
@@ -26,11 +26,18 @@ type Libvirt interface {
 	Domains(flags uint32) ([]rpc.Domain, error)
 	// Info returns a domain's, or ErrNoGuest.
 	Info(dom rpc.Domain) (rpc.DomainInfo, error)
-	// FreeMemory is the host's, in KiB.
-	FreeMemory() (uint64, error)
-	// Version is libvirt's: 1000000 * major + 1000 * minor + release.
-	Version() (uint64, error)
+	// Define makes doc the definition of a domain's next start. If it is empty, the
+	// domain has none any more, which is no error of one that had none.
+	Define(id rpc.UUID, doc string) error
+	// Node tells about libvirt's host.
+	Node() (Node, error)
 	Close() error
+}
+
+// Node is a host as its libvirt knows it.
+type Node struct {
+	FreeMemoryKiB uint64
+	Version       uint64 // of libvirt: 1000000 * major + 1000 * minor + release
 }
 
 // Known is a domain that libvirtd knows.
@@ -57,20 +64,28 @@ var ErrNoGuest = errors.New("no such domain is running")
 // OpenLibvirt connects to libvirtd at its socket. The connection, and every call
 // on it, ends when ctx does.
 func OpenLibvirt(ctx context.Context, socket, uri string) (Libvirt, error) {
-	var d net.Dialer
-	dctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	c, err := d.DialContext(dctx, "unix", socket)
-	if err != nil {
+	return openLibvirt(ctx, []string{socket}, uri)
+}
+
+func openLibvirt(ctx context.Context, sockets []string, uri string) (Libvirt, error) {
+	l := new(libvirtConn)
+	c, err := daemon.Enter(ctx, sockets, func(c net.Conn) error {
+		l.stop = context.AfterFunc(ctx, func() { c.Close() })
+		l.l = golibvirt.NewWithDialer(given{c})
+		err := l.l.ConnectToURI(golibvirt.ConnectURI(uri))
+		if err != nil {
+			l.stop()
+		}
+		return err
+	})
+	var nobody *daemon.DialError
+	switch {
+	case errors.As(err, &nobody):
 		return nil, fmt.Errorf("connect to libvirtd: %w", err)
-	}
-	l := &libvirtConn{conn: c, stop: context.AfterFunc(ctx, func() { c.Close() })}
-	l.l = golibvirt.NewWithDialer(given{c})
-	if err := l.l.ConnectToURI(golibvirt.ConnectURI(uri)); err != nil {
-		l.stop()
-		c.Close()
+	case err != nil:
 		return nil, fmt.Errorf("open %s: %w", uri, err)
 	}
+	l.conn = c
 	return l, nil
 }
 
@@ -148,18 +163,35 @@ func (c *libvirtConn) Names() (map[string]Known, error) {
 	return m, nil
 }
 
-func (c *libvirtConn) FreeMemory() (uint64, error) {
+func (c *libvirtConn) Node() (Node, error) {
 	b, err := c.l.NodeGetFreeMemory()
 	if err != nil {
-		return 0, fmt.Errorf("ask for the free memory: %w", err)
+		return Node{}, fmt.Errorf("ask for the free memory: %w", err)
 	}
-	return b / 1024, nil
-}
-
-func (c *libvirtConn) Version() (uint64, error) {
 	v, err := c.l.ConnectGetLibVersion()
 	if err != nil {
-		return 0, fmt.Errorf("ask for libvirt's version: %w", err)
+		return Node{}, fmt.Errorf("ask for libvirt's version: %w", err)
 	}
-	return v, nil
+	return Node{FreeMemoryKiB: b / 1024, Version: v}, nil
+}
+
+func (c *libvirtConn) Define(id rpc.UUID, doc string) error {
+	if doc != "" {
+		if _, err := c.l.DomainDefineXML(doc); err != nil {
+			return fmt.Errorf("define the domain: %w", err)
+		}
+		return nil
+	}
+	dom, err := c.l.DomainLookupByUUID(golibvirt.UUID(id))
+	var persistent int32
+	if err == nil {
+		persistent, err = c.l.DomainIsPersistent(dom)
+	}
+	if err == nil && persistent != 0 {
+		err = c.l.DomainUndefine(dom)
+	}
+	if err != nil && !golibvirt.IsNotFound(err) {
+		return fmt.Errorf("undefine the domain: %w", err)
+	}
+	return nil
 }

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,7 +71,20 @@ func TestStateInStockLibvirt(t *testing.T) {
 		again = again[strings.Index(again, "<domain"):]
 		want(run("define --validate "+file("again.xml", again)+"; dumpxml g9"), shown)
 		saved := filepath.Join(filepath.Dir(upstream), "saved-element")
-		out := run("define " + doc + "; start g9; save g9 " + saved + "; save-image-dumpxml " + saved + "; restore " + saved + "; dumpxml g9")
+		// virsh 9.0 saves in a thread, whose end it misses at times where it comes before
+		// its main loop has begun, and then waits for ever: once more, then.
+		var out string
+		var err error
+		for range 3 {
+			out, err = virsh(t, h.rw, "define "+doc+"; start g9; save g9 "+saved+"; save-image-dumpxml "+saved+"; restore "+saved+"; dumpxml g9")
+			if !strings.HasPrefix(fmt.Sprint(err), "signal: killed") {
+				break
+			}
+			t.Logf("virsh waits for its save:\n%s", out)
+		}
+		if err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
 		if n := strings.Count(out, shown); n != 2 {
 			t.Errorf("shown %d times\n%s", n, out)
 		}
@@ -107,7 +121,7 @@ func TestStateInStockLibvirt(t *testing.T) {
 		}
 		edit("<kemari><checkpoint max='77'/></kemari>")
 		want(run("edit test; dumpxml test --inactive"), "XML configuration edited", "max='77'")
-		if set := (control.Checkpoint{Trigger: "output", Min: 5 * time.Millisecond, Max: 77 * time.Millisecond}); len(p.set) != 1 || p.set[0] != set {
+		if set := (control.Checkpoint{Trigger: "output", Min: 5 * time.Millisecond, Max: 77 * time.Millisecond, Paused: 30}); len(p.set) != 1 || p.set[0] != set {
 			t.Errorf("the replicator was told %v", p.set)
 		}
 		edit("<kemari><checkpoint max='77'/><heartbeat interval='10'/></kemari>")

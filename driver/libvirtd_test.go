@@ -99,7 +99,7 @@ func TestStockLibvirt(t *testing.T) {
 		if n, err := l.Names(); err != nil || n["test"] != (Known{parseUUID(t, testUUID), true}) {
 			t.Errorf("%v, %v", n, err)
 		}
-		if v, err := l.Version(); err != nil || v < 9000000 {
+		if v, err := l.Node(); err != nil || v.Version < 9000000 || v.FreeMemoryKiB == 0 {
 			t.Errorf("%d, %v", v, err)
 		}
 	})

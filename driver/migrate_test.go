@@ -69,7 +69,7 @@ func TestProtectByURI(t *testing.T) {
 	if _, err := remote(client(t, a.rw), rpc.ProcDomainMigratePerform3, older.Append(nil)); err != nil {
 		t.Fatal(err)
 	}
-	if p := a.units.running[unitName(unitReplicator, parseUUID(t, g1UUID))]; p.primary.Trigger != "interval" {
+	if p := a.units.running[unitName(unitReplicator, parseUUID(t, g1UUID))]; p.primary.Checkpoint.Trigger != "interval" {
 		t.Errorf("%+v", p.primary)
 	}
 }

@@ -18,11 +18,12 @@ const (
 	procPrepare            = rpc.Procedure(2)
 	procDiscard            = rpc.Procedure(3)
 	procExamine            = rpc.Procedure(4) // asked by a client of ours, not by a host
+	procReprotect          = rpc.Procedure(5)
+	procKeep               = rpc.Procedure(6)
 	vifScript              = "/usr/libexec/kemari/vif-kemari"
 	unitReplicator         = "kemari-replicator@%s.service"
 	unitStandby            = "kemari-standby@%s.service"
 	arbiterNone            = "none"
-	fingerprintSize        = 64
 	maxName                = 255
 	memoryMarginKiB uint64 = 32 << 10
 )
@@ -58,14 +59,15 @@ type prepareRequest struct {
 	DomainXML   string            `json:"domain_xml"`
 	MemoryKiB   uint64            `json:"memory_kib"`
 	PrimaryHost string            `json:"primary_host"`
-	Fingerprint string            `json:"fingerprint"`
+	Transport   control.Transport `json:"transport"`
+	Credential  string            `json:"credential"`
 	Heartbeat   control.Heartbeat `json:"heartbeat"`
 	Arbiter     control.Arbiter   `json:"arbiter"`
 }
 
 type prepareReply struct {
-	Port        int    `json:"port"`
-	Fingerprint string `json:"fingerprint"`
+	Port       int    `json:"port"`
+	Credential string `json:"credential"`
 }
 
 // discardRequest takes the shadow of one generation away.
@@ -122,6 +124,16 @@ func (s *session) peerCall(ctx context.Context, p *rpc.Packet) ([]byte, error) {
 		var req discardRequest
 		if err = decodePeer(p.Payload, &req); err == nil {
 			reply, err = s.discard(ctx, req)
+		}
+	case procReprotect:
+		var req reprotectRequest
+		if err = decodePeer(p.Payload, &req); err == nil {
+			reply, err = s.d.reprotect(ctx, req)
+		}
+	case procKeep:
+		var req keepRequest
+		if err = decodePeer(p.Payload, &req); err == nil {
+			reply, err = s.d.keep(ctx, req)
 		}
 	case procExamine:
 		var req examineRequest

@@ -149,11 +149,7 @@ func (d *Driver) tryProtect(ctx context.Context, log *slog.Logger, a *rpc.Migrat
 		return err
 	}
 
-	me, err := control.NewIdentity(guest.Name)
-	if err != nil {
-		return fmt.Errorf("make an identity: %w", err)
-	}
-	fp, err := me.Fingerprint()
+	channel, mine, err := d.channel(control.Transport(e.Transport), control.Primary, guest.Name)
 	if err != nil {
 		return err
 	}
@@ -168,24 +164,27 @@ func (d *Driver) tryProtect(ctx context.Context, log *slog.Logger, a *rpc.Migrat
 	err = d.ask(ctx, client, req.target, prepareTimeout+connectTimeout, procPrepare, prepareRequest{
 		Name: guest.Name, UUID: guest.UUID.String(), Generation: generation,
 		DomainXML: standbyXML, MemoryKiB: guest.MemoryKiB, PrimaryHost: host.Name,
-		Fingerprint: fp, Heartbeat: hb, Arbiter: arb,
+		Transport: channel.Transport, Credential: mine, Heartbeat: hb, Arbiter: arb,
 	}, &ready)
 	if err != nil {
 		return err
 	}
-	if ready.Port < 1 || ready.Port > 65535 || len(ready.Fingerprint) != fingerprintSize {
+	if ready.Port < 1 || ready.Port > 65535 || !control.ValidCredential(ready.Credential) {
 		return fmt.Errorf("standby %s: its answer makes no sense", req.target.Host)
 	}
 	addr, err := dataAddr(req.target, req.migrateURI, ready.Port)
 	if err != nil {
 		return err
 	}
+	channel.Peer = ready.Credential
+	if channel.Transport == control.TransportPKI {
+		channel.PeerName = req.target.Host
+	}
 	err = control.WriteConfig(d.paths(control.Primary, guest.UUID), control.PrimaryConfig{
 		Domain: guest.Name, UUID: guest.UUID.String(), DomID: guest.ID,
 		MemoryKiB: guest.MemoryKiB, Generation: generation,
 		StandbyURI: req.target.URI, StandbyAddr: addr,
-		Trigger: e.Checkpoint.Trigger, CheckpointMin: e.Checkpoint.Min, CheckpointMax: e.Checkpoint.Max,
-		Heartbeat: hb, Arbiter: arb, Identity: me, PeerFingerprint: ready.Fingerprint,
+		Checkpoint: control.Checkpoint(e.Checkpoint), Heartbeat: hb, Arbiter: arb, Channel: channel,
 	})
 	if err != nil {
 		return fmt.Errorf("write the replicator's settings: %w", err)
@@ -198,6 +197,23 @@ func (d *Driver) tryProtect(ctx context.Context, log *slog.Logger, a *rpc.Migrat
 	}
 	log.Info("guest is protected", "peer", req.target.URI, "generation", generation)
 	return nil
+}
+
+// channel prepares a side of the connection between the hosts, and returns what the
+// other side needs to know of it.
+func (d *Driver) channel(t control.Transport, role control.Role, name string) (control.Channel, string, error) {
+	c, err := control.NewChannel(t, role, name, d.cfg.PKI)
+	switch {
+	case errors.Is(err, control.ErrTransport):
+		err = refuse(rpc.CodeConfigUnsupp, err.Error(), "run the same version of Kemari on both hosts")
+	case err != nil && t == control.TransportPKI:
+		err = refuse(rpc.CodeConfigUnsupp, err.Error(), "make them, see libvirt's documentation on TLS, or leave the transport out: then certificates are made for this protection")
+	}
+	if err != nil {
+		return c, "", err
+	}
+	mine, err := c.Credential()
+	return c, mine, err
 }
 
 // lastGeneration refuses a guest that takes part in a protection here already,
@@ -238,12 +254,18 @@ func (d *Driver) guest(ctx context.Context, req *request) (Guest, error) {
 		return g, refuse(rpc.CodeInvalidArg, fmt.Sprintf("the guest with this UUID is %q", g.Name), "look it up again")
 	case req.domain.ID >= 0 && uint32(req.domain.ID) != g.ID:
 		return g, refuse(rpc.CodeOperationInvalid, fmt.Sprintf("it has been started anew since it was looked up (%d is now %d)", req.domain.ID, g.ID), "look it up again")
+	}
+	// First what no waiting mends.
+	if err := refuseAll(xml.Ineligible(g.XML)); err != nil {
+		return g, err
+	}
+	switch {
 	case !g.Running:
 		return g, refuse(rpc.CodeOperationInvalid, "it is "+g.State, "a guest must run to be protected; resume or start it")
 	case g.Job:
 		return g, refuse(rpc.CodeOperationInvalid, "libvirt is saving, dumping or migrating it", "wait for that, or stop it with: virsh -c xen:///system domjobabort "+g.Name)
 	}
-	return g, refuseAll(xml.Ineligible(g.XML))
+	return g, nil
 }
 
 // connectStandby connects to the standby and asks what it is and knows.

@@ -15,10 +15,11 @@ import (
 )
 
 // pair is two hosts, the first of which reaches the second.
-func pair(t *testing.T) (a, b *testHost) {
-	up := newLibvirtd(t, nil)
-	b = newHost(t, "xen2", up.path)
-	a = newHost(t, "xen1", up.path)
+func pair(t *testing.T) (a, b *testHost) { return pairOn(t, newLibvirtd(t, nil).path) }
+
+func pairOn(t *testing.T, upstream string) (a, b *testHost) {
+	b = newHost(t, "xen2", upstream)
+	a = newHost(t, "xen1", upstream)
 	a.dialTo(b)
 	// A guest is protected when its standby is ready.
 	a.units.scripts[control.Primary] = func(p *process) error {
@@ -57,7 +58,7 @@ func TestProtect(t *testing.T) {
 		{Field: "migrate_uri", Type: rpc.ParamString, String: "tcp://10.0.0.2"},
 		{Field: "bandwidth", Type: rpc.ParamULLong, Number: 5},
 		{Field: "destination_xml", Type: rpc.ParamString, String: strings.Replace(g1XML, "<memory", `<metadata>
-<kemari xmlns='urn:kemari:domain:1.0'><checkpoint trigger='interval' min='10' max='20' unit='ms'/>
+<kemari xmlns='urn:kemari:domain:1.0'><checkpoint trigger='interval' min='10' max='20' unit='ms' paused='40%'/>
 <heartbeat interval='50' timeout='900' unit='ms'/><arbiter type='none' automatic='yes'/></kemari></metadata><memory`, 1)},
 	}
 	before := uint64(time.Now().UnixMilli())
@@ -75,7 +76,7 @@ func TestProtect(t *testing.T) {
 		"names":      p.Domain == "g1" && p.UUID == g1UUID && s.Domain == "g1" && s.UUID == g1UUID,
 		"guest":      p.DomID == 7 && p.MemoryKiB == 131072 && s.MemoryKiB == 131072,
 		"address":    p.StandbyAddr == "10.0.0.2:49300" && p.StandbyURI == "kemari+ssh://xen2/system",
-		"checkpoint": p.Trigger == "interval" && p.CheckpointMin == 10*time.Millisecond && p.CheckpointMax == 20*time.Millisecond,
+		"checkpoint": p.Checkpoint == control.Checkpoint{Trigger: "interval", Min: 10 * time.Millisecond, Max: 20 * time.Millisecond, Paused: 40},
 		"heartbeat":  p.Heartbeat == s.Heartbeat && p.Heartbeat == control.Heartbeat{Interval: 50 * time.Millisecond, Timeout: 900 * time.Millisecond},
 		"arbiter":    p.Arbiter == s.Arbiter && p.Arbiter == control.Arbiter{Type: "none", Automatic: true},
 		"primary":    s.PrimaryHost == "xen1",
@@ -85,10 +86,10 @@ func TestProtect(t *testing.T) {
 			t.Errorf("%s: %+v\n%+v", what, p, s)
 		}
 	}
-	pf, _ := p.Identity.Fingerprint()
-	sf, _ := s.Identity.Fingerprint()
-	if pf != s.PeerFingerprint || sf != p.PeerFingerprint || pf == sf {
-		t.Error("the fingerprints do not fit")
+	pc, _ := p.Channel.Credential()
+	sc, _ := s.Channel.Credential()
+	if pc != s.Channel.Peer || sc != p.Channel.Peer || pc == sc || p.Channel.Transport != control.TransportTLS {
+		t.Error("the credentials do not fit")
 	}
 	// The standby's copy stays when the connection has gone.
 	time.Sleep(50 * time.Millisecond)
@@ -125,6 +126,10 @@ func TestProtectRefused(t *testing.T) {
 		"element": {func(a, _ *testHost, _ *rpc.MigratePerformArgs) {
 			a.libvirt.guest.XML = strings.Replace(g1XML, "<memory", "<metadata><kemari xmlns='urn:kemari:domain:1.0'><arbiter type='etcd'/></kemari></metadata><memory", 1)
 		}, rpc.CodeConfigUnsupp, []string{"arbiter 'etcd' is not supported yet"}},
+		"no certificates": {func(a, _ *testHost, _ *rpc.MigratePerformArgs) {
+			a.d.cfg.PKI = "/nowhere"
+			a.libvirt.guest.XML = strings.Replace(g1XML, "<memory", "<metadata><kemari xmlns='urn:kemari:domain:1.0'><transport type='pki'/></kemari></metadata><memory", 1)
+		}, rpc.CodeConfigUnsupp, []string{"/nowhere/CA/cacert.pem", "leave the transport out"}},
 		"no xen": {func(a, _ *testHost, _ *rpc.MigratePerformArgs) {
 			a.d.cfg.Host = func() (Host, error) { return readHost("/nowhere") }
 		}, rpc.CodeOperationFailed, []string{"identity"}},
@@ -409,14 +414,15 @@ func TestPrepareValidates(t *testing.T) {
 	defer c.Close()
 	good := prepareRequest{
 		Name: "g1", UUID: g1UUID, Generation: 1, DomainXML: g1XML, MemoryKiB: 1, PrimaryHost: "xen1",
-		Fingerprint: strings.Repeat("ab", 32), Heartbeat: control.Heartbeat{Interval: 1, Timeout: 1}, Arbiter: control.Arbiter{Type: "none"},
+		Transport: control.TransportTLS, Credential: strings.Repeat("ab", 32), Heartbeat: control.Heartbeat{Interval: 1, Timeout: 1}, Arbiter: control.Arbiter{Type: "none"},
 	}
 	for name, change := range map[string]func(*prepareRequest){
 		"uuid":        func(r *prepareRequest) { r.UUID = "../../../../etc" },
 		"upper case":  func(r *prepareRequest) { r.UUID = strings.ToUpper(g1UUID) },
 		"name":        func(r *prepareRequest) { r.Name = "" },
 		"generation":  func(r *prepareRequest) { r.Generation = 0 },
-		"fingerprint": func(r *prepareRequest) { r.Fingerprint = strings.Repeat("xy", 32) },
+		"credential":  func(r *prepareRequest) { r.Credential = strings.Repeat("xy", 32) },
+		"transport":   func(r *prepareRequest) { r.Transport = "udp" },
 		"heartbeat":   func(r *prepareRequest) { r.Heartbeat.Timeout = 0 },
 		"arbiter":     func(r *prepareRequest) { r.Arbiter.Type = "etcd" },
 		"other guest": func(r *prepareRequest) { r.DomainXML = strings.Replace(g1XML, "g1", "g2", 1) },
@@ -437,7 +443,7 @@ func TestPrepareValidates(t *testing.T) {
 		}
 	}
 	var r prepareReply
-	if err := callPeer(context.Background(), c, procPrepare, good, &r); err != nil || r.Port != 49300 || len(r.Fingerprint) != fingerprintSize {
+	if err := callPeer(context.Background(), c, procPrepare, good, &r); err != nil || r.Port != 49300 || !control.ValidCredential(r.Credential) {
 		t.Errorf("%+v, %v", r, err)
 	}
 	// The same generation again is an old request.

@@ -31,6 +31,20 @@ var flagNames = map[uint]string{
 	18: "copy-storage-synchronous-writes", 19: "postcopy-resume", 20: "zerocopy",
 }
 
+func flagNamesOf(flags uint32) (names []string) {
+	for bit := range uint(32) {
+		if flags&(1<<bit) == 0 {
+			continue
+		}
+		name := flagNames[bit]
+		if name == "" {
+			name = fmt.Sprintf("bit %d", bit)
+		}
+		names = append(names, name)
+	}
+	return names
+}
+
 // tuning are the parameters of a migration that speak of how fast it goes, which
 // a guest that is protected for days does not need: they are ignored.
 var tuning = []string{"bandwidth", "auto_converge.", "compression", "parallel.", "tls.destination"}
@@ -39,18 +53,7 @@ func parseRequest(a *rpc.MigratePerformArgs) (*request, error) {
 	if a.Flags&rpc.MigratePeer2Peer == 0 || a.URI == nil || *a.URI == "" {
 		return nil, errManaged
 	}
-	var refused []string
-	for bit := range uint(32) {
-		if a.Flags&^acceptedFlags&(1<<bit) == 0 {
-			continue
-		}
-		name := flagNames[bit]
-		if name == "" {
-			name = fmt.Sprintf("bit %d", bit)
-		}
-		refused = append(refused, name)
-	}
-	if len(refused) > 0 {
+	if refused := flagNamesOf(a.Flags &^ acceptedFlags); len(refused) > 0 {
 		return nil, refuse(rpc.CodeArgumentUnsupp, "protection does not go with "+strings.Join(refused, ", "), "leave it out")
 	}
 	t, err := ParseTarget(*a.URI)

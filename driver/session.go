@@ -40,6 +40,8 @@ type session struct {
 	log    *slog.Logger
 	client net.Conn
 	end    context.CancelCauseFunc // ends the session
+	// serving lasts longer: what goes on for a guest when its client has gone.
+	serving context.Context
 
 	cred *peerCred // nil if the kernel does not say
 
@@ -64,6 +66,10 @@ type session struct {
 	denied   error                     // why acc is denied
 	waiting  map[rpc.Serial]rpc.Header // calls that libvirtd has not answered yet
 	prepared map[rpc.UUID]uint64       // shadows made for this client, by generation
+	// switching are the guests whose switchover the client manages, having begun it here.
+	switching map[rpc.UUID]bool
+	// expected are those that the client prepares to come here, by name.
+	expected map[string]switchCookie
 }
 
 func newSession(d *Driver, c net.Conn, cred *peerCred, ro bool) *session {
@@ -79,6 +85,7 @@ func newSession(d *Driver, c net.Conn, cred *peerCred, ro bool) *session {
 // run serves the client until either side or ctx ends, and returns when all that
 // belongs to the session has ended.
 func (s *session) run(ctx context.Context) {
+	s.serving = ctx
 	ctx, s.end = context.WithCancelCause(ctx)
 	stop := context.AfterFunc(ctx, s.closeConns)
 	err := s.readClient(ctx)

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -93,12 +92,11 @@ func (d *Driver) check(ctx context.Context, req checkRequest) (*checkReply, erro
 	}
 	defer l.Close()
 	r := &checkReply{Host: host}
-	if r.Libvirt, err = l.Version(); err != nil {
+	node, err := l.Node()
+	if err != nil {
 		return nil, err
 	}
-	if r.FreeMemoryKiB, err = l.FreeMemory(); err != nil {
-		return nil, err
-	}
+	r.Libvirt, r.FreeMemoryKiB = node.Version, node.FreeMemoryKiB
 	names, err := l.Names()
 	if err != nil {
 		return nil, err
@@ -147,8 +145,8 @@ func (req *prepareRequest) validate() (rpc.UUID, error) {
 	case req.Heartbeat.Interval <= 0 || req.Heartbeat.Timeout <= 0:
 		return id, fmt.Errorf("%w: heartbeat", errBadRequest)
 	}
-	if b, err := hex.DecodeString(req.Fingerprint); err != nil || 2*len(b) != fingerprintSize {
-		return id, fmt.Errorf("%w: fingerprint", errBadRequest)
+	if !control.ValidCredential(req.Credential) {
+		return id, fmt.Errorf("%w: credential", errBadRequest)
 	}
 	if req.Arbiter.Type != arbiterNone {
 		return id, refuse(rpc.CodeConfigUnsupp, fmt.Sprintf("the standby does not know the arbiter %q", req.Arbiter.Type), "run the same version of Kemari on both hosts")
@@ -180,20 +178,17 @@ func (s *session) prepare(ctx context.Context, req prepareRequest) (*prepareRepl
 	if req.Generation <= state.Generation {
 		return nil, refuse(rpc.CodeOperationInvalid, fmt.Sprintf("generation %d is not newer than %d, which was seen here", req.Generation, state.Generation), "protect the guest again")
 	}
-	me, err := control.NewIdentity(req.Name)
+	channel, mine, err := d.channel(req.Transport, control.Standby, req.Name)
 	if err != nil {
-		return nil, fmt.Errorf("make an identity: %w", err)
+		return nil, fmt.Errorf("on %s: %w", state.Host.Name, err)
 	}
-	fp, err := me.Fingerprint()
-	if err != nil {
-		return nil, err
-	}
+	channel.Peer = req.Credential
 	paths := d.paths(control.Standby, id)
 	err = control.WriteConfig(paths, control.StandbyConfig{
 		Domain: req.Name, UUID: req.UUID, DomainXML: req.DomainXML,
 		MemoryKiB: req.MemoryKiB, Generation: req.Generation, PrimaryHost: req.PrimaryHost,
 		Heartbeat: req.Heartbeat, Arbiter: req.Arbiter,
-		Identity: me, PeerFingerprint: req.Fingerprint,
+		Channel: channel,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("write the shadow's settings: %w", err)
@@ -211,7 +206,7 @@ func (s *session) prepare(ctx context.Context, req prepareRequest) (*prepareRepl
 	s.prepared[id] = req.Generation
 	s.mu.Unlock()
 	s.log.Info("shadow waits for its primary", "domain", req.Name, "peer", req.PrimaryHost, "generation", req.Generation)
-	return &prepareReply{Port: port, Fingerprint: fp}, nil
+	return &prepareReply{Port: port, Credential: mine}, nil
 }
 
 // startShadow starts the unit and waits until it listens.

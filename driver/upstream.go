@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,13 +9,13 @@ import (
 	"net/url"
 	"os"
 	"os/user"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"kemari/driver/rpc"
+	"kemari/migrate/daemon"
 )
 
 // The names that a client may have for us; it is told the one it used.
@@ -46,11 +47,7 @@ func checkName(name string) (string, error) {
 	return plain, nil
 }
 
-// libvirtDir is where libvirt's daemons listen.
-const libvirtDir = "/run/libvirt"
-
-// upstreamSockets returns where libvirt's daemon may listen, the best choice
-// first: the driver's own daemon, then the one for all drivers.
+// upstreamSockets returns where libvirt's daemon may listen, the best choice first.
 func (c *Config) upstreamSockets(ro bool) []string {
 	set := c.UpstreamSocket
 	if ro && c.UpstreamSocketRO != "" {
@@ -59,67 +56,27 @@ func (c *Config) upstreamSockets(ro bool) []string {
 	if set != "" {
 		return []string{set}
 	}
-	suffix := "-sock"
-	if ro {
-		suffix = "-sock-ro"
-	}
-	names := []string{"libvirt" + suffix}
-	if u, err := url.Parse(c.UpstreamURI); err == nil && u.Scheme != "" {
-		scheme, _, _ := strings.Cut(u.Scheme, "+")
-		names = append([]string{"virt" + scheme + "d" + suffix}, names...)
-	}
-	dir := c.libvirtDir
-	if dir == "" {
-		dir = libvirtDir
-	}
-	for i, n := range names {
-		names[i] = filepath.Join(dir, n)
-	}
-	return names
-}
-
-// upstreamSocket returns the first socket that is there, or else the last.
-func (c *Config) upstreamSocket(ro bool) string {
-	paths := c.upstreamSockets(ro)
-	for _, p := range paths[:len(paths)-1] {
-		if _, err := os.Stat(p); err == nil {
-			return p
-		}
-	}
-	return paths[len(paths)-1]
-}
-
-// dialUpstream connects to libvirt's daemon. A socket may be a left-over of a
-// daemon that does not run any more, so the next is tried if nobody listens.
-func (c *Config) dialUpstream(ctx context.Context, ro bool) (net.Conn, error) {
-	dialer := net.Dialer{Timeout: 10 * time.Second}
-	var errs []error
-	for _, path := range c.upstreamSockets(ro) {
-		conn, err := dialer.DialContext(ctx, "unix", path)
-		if err == nil {
-			return conn, nil
-		}
-		errs = append(errs, err)
-	}
-	return nil, &rpc.Error{
-		Code: rpc.CodeNoConnect, From: rpc.FromRPC,
-		Message: fmt.Sprintf("libvirtd cannot be reached: %s; see systemctl status libvirtd", oneLine(errors.Join(errs...).Error())),
-	}
+	return daemon.Sockets(cmp.Or(c.libvirtDir, daemon.Dir), c.UpstreamURI, ro)
 }
 
 // enterUpstream connects to libvirt's daemon and goes through its authentication. A
 // daemon that has polkit decide lets root in only after root has asked how to
 // authenticate, and refuses everything before.
 func (c *Config) enterUpstream(ctx context.Context, ro bool) (net.Conn, error) {
-	conn, err := c.dialUpstream(ctx, ro)
-	if err != nil {
-		return nil, err
-	}
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	defer stop()
-	conn.SetDeadline(time.Now().Add(openTimeout))
-	if err := authenticate(conn); err != nil {
-		conn.Close()
+	conn, err := daemon.Enter(ctx, c.upstreamSockets(ro), func(conn net.Conn) error {
+		stop := context.AfterFunc(ctx, func() { conn.Close() })
+		defer stop()
+		conn.SetDeadline(time.Now().Add(openTimeout))
+		return authenticate(conn)
+	})
+	var nobody *daemon.DialError
+	switch {
+	case errors.As(err, &nobody):
+		return nil, &rpc.Error{
+			Code: rpc.CodeNoConnect, From: rpc.FromRPC,
+			Message: fmt.Sprintf("libvirtd cannot be reached: %s; see systemctl status libvirtd", oneLine(err.Error())),
+		}
+	case err != nil:
 		return nil, err
 	}
 	conn.SetDeadline(time.Time{})

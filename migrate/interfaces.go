@@ -36,9 +36,16 @@ type Capture struct {
 	// HVM_PARAMS records of the libxc stream. The engine does not look into it.
 	State []byte
 
+	// Sums is set by who wants to know, beside that, what all of the guest's memory is.
+	Sums *Sums
+	// Hold is set by who wants the guest to stand from then on.
+	Hold bool
+
 	Suspend time.Duration // request to standing still
 	Copy    time.Duration // standing still, the capture
 	Resume  time.Duration // the call that resumes
+	// SumsTook is what of Copy went into Sums.
+	SumsTook time.Duration
 }
 
 // Guest is a running guest that can be checkpointed. Its methods are called by
@@ -47,7 +54,7 @@ type Capture struct {
 //
 // Begin, Round and Checkpoint end with ctx's cause soon after ctx has ended. They
 // return ErrGuestGone if the guest has ended. After any error the guest runs, and
-// only Destroy and Close may follow.
+// only Destroy and Close may follow; after one of send's, Again, too.
 type Guest interface {
 	// Begin has Xen note from now on which pages the guest changes, and returns what
 	// the guest is: the head of the libxc stream, opaque to the engine.
@@ -63,23 +70,41 @@ type Guest interface {
 	// Checkpoint suspends the guest, calls seal while the guest stands, takes the
 	// pages that changed since the last Round or Checkpoint and the guest's state into
 	// c, whose memory it uses again, and resumes the guest. It ends with an error of
-	// seal as it is.
+	// seal as it is. If c.Sums is set it fills that, too, last of all before it resumes
+	// the guest; what goes wrong with it is Sums.Err, and no error of the checkpoint's.
+	//
+	// If c.Hold is set and all went well the guest is left standing, for Resume, Destroy
+	// or Close.
 	//
 	// ErrPagesUnknown is the one error after which it goes on: the next Round hands
 	// over every page again.
 	Checkpoint(ctx context.Context, seal func() error, c *Capture) error
 
+	// Resume lets a guest go on that Checkpoint has left standing. The next Round or
+	// Checkpoint is as after any other.
+	Resume() error
+
+	// Again has the next Round hand over every page again, whatever Round and Checkpoint
+	// have done so far: also after a send that ended a Round.
+	Again() error
+
+	// Ended says that the guest has ended; false, too, where that cannot be told. It does
+	// not block.
+	Ended() bool
+
 	// Destroy ends the guest, because another copy of it runs. It retries until it
 	// has succeeded or ctx ends. Idempotent.
 	Destroy(ctx context.Context) error
 
-	// Close leaves the guest running and unobserved. Idempotent.
+	// Close leaves the guest running, though it was left standing, and unobserved.
+	// Idempotent.
 	Close() error
 }
 
 // Checkpoint is what taking one cost.
 type Checkpoint struct {
 	Suspend, Copy, Resume time.Duration // see Capture
+	Sums                  time.Duration // of Copy, see Capture.SumsTook
 	Pages                 int64
 }
 
@@ -116,8 +141,8 @@ type Shadow interface {
 	Head(b []byte) error
 
 	// Base copies what the copy has of a page to dst, as of the last Apply. It may
-	// block. An error means that the page cannot be told, for instance because there
-	// is none yet; the primary then sends it whole.
+	// block. ErrNoPage means that there is nothing of it yet, any other error that the
+	// page cannot be told. The primary then sends it whole.
 	Base(pfn page.PFN, dst []byte) error
 
 	// Check says whether state could let the copy run. It is called before an epoch
@@ -130,7 +155,9 @@ type Shadow interface {
 	Apply(p *Pages) error
 
 	// TakeOver lets the copy run from a state that Check has let pass and whose pages
-	// have been applied. It blocks until libvirt has resumed it.
+	// have been applied. It blocks until libvirt has resumed it, and ends some seconds
+	// after ctx at the latest. After an error the copy does not run, nor will it once
+	// Close has been called; but after ErrMayRun it may do either.
 	TakeOver(ctx context.Context, state []byte) error
 
 	// Close destroys the copy, unless it has taken over. Idempotent.
@@ -158,6 +185,11 @@ var (
 	// ErrShadowLost: the standby's copy was ended by somebody else, and no epoch can
 	// mend it.
 	ErrShadowLost = errors.New("the copy is gone")
+	// ErrNoPage: the standby's copy has nothing of a page.
+	ErrNoPage = errors.New("there is nothing of the page yet")
+	// ErrMayRun: the copy was to be let run, that has failed, and it could not be made
+	// sure of that it does not run nevertheless.
+	ErrMayRun = errors.New("it is not known whether the copy runs")
 	// ErrRefused: the standby refused an epoch time and again, however it was sent.
 	// The guest runs on, unprotected.
 	ErrRefused = errors.New("the standby refuses what it is sent")
@@ -166,6 +198,9 @@ var (
 	// ErrPagesUnknown: somebody else has read or ended the log of changed pages, as
 	// `virsh save` does. What changed is not known any more.
 	ErrPagesUnknown = errors.New("which pages changed is not known any more")
+	// ErrSwitchedOver: the standby runs the guest as it was asked to, and all that ours
+	// has ever sent has left; ours has been destroyed.
+	ErrSwitchedOver = errors.New("the guest was handed over to the standby")
 	// ErrTakenOver: the standby runs the guest; ours has been destroyed.
 	ErrTakenOver = errors.New("the standby has taken over")
 	// ErrEnded: the other side ended protection and said why.
@@ -180,3 +215,11 @@ type Heartbeat struct {
 // setupTimeout bounds the silence while there is nothing to take over from: slow
 // is better than not at all then.
 const setupTimeout = 10 * time.Second
+
+// takeOverTimeout bounds a take-over, and AnswerTimeout how long a primary waits for a
+// standby that lives to say how it has ended: it has to make sure of that it has failed.
+// The slowest that was seen to succeed, in an emulated host, took 11 seconds.
+const (
+	takeOverTimeout = 30 * time.Second
+	AnswerTimeout   = takeOverTimeout + 10*time.Second
+)

@@ -31,38 +31,37 @@ func (l lock) Unlock() { <-l }
 type life struct {
 	born time.Time
 	seen atomic.Int64 // when the last frame came in whole, ns since born
-	busy atomic.Int32 // frames being handled: the peer cannot be heard, and is not to blame
+	busy atomic.Int32 // frames being handled: the peer cannot be heard
 }
 
-func (l *life) sign() { l.seen.Store(int64(time.Since(l.born))) }
+func (l *life) now() int64                   { return int64(time.Since(l.born)) }
+func (l *life) since(at int64) time.Duration { return time.Duration(l.now() - at) }
+func (l *life) sign()                        { l.seen.Store(l.now()) }
 
 // silence is how long ago the last frame came in.
-func (l *life) silence() time.Duration {
-	return time.Since(l.born) - time.Duration(l.seen.Load())
-}
+func (l *life) silence() time.Duration { return l.since(l.seen.Load()) }
 
 // watch returns errSilent once nothing has come in for as long as timeout says,
 // and nil when ctx ends. If we did not get to run ourselves, the silence proves
 // nothing: it begins anew then, when what has queued up meanwhile can be read.
 func (l *life) watch(ctx context.Context, interval time.Duration, timeout func() time.Duration) error {
-	step := interval / 2
-	t := time.NewTicker(step)
-	defer t.Stop()
 	last := time.Now()
 	floor := last // silence before it proves nothing, since we did not listen
 	for {
+		// Each look costs a slow host a millisecond, so there are no more than it takes.
+		wait := min(max(timeout()-l.silence(), interval/4), interval)
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-t.C:
+		case <-time.After(wait):
 		}
 		now := time.Now()
-		late := now.Sub(last) > step+interval
+		late := now.Sub(last) > wait+interval/2
 		last = now
 		if late {
 			floor = now
 		}
-		if !late && l.busy.Load() == 0 && min(l.silence(), now.Sub(floor)) > timeout() {
+		if !late && l.busy.Load() == 0 && min(l.silence(), now.Sub(floor)) >= timeout() {
 			return errSilent
 		}
 	}
@@ -77,6 +76,7 @@ type link struct {
 	// patience is how long the peer may take over a frame, each one anew; zero is for
 	// ever. A write that has run out of it is the last: TLS cannot go on after it.
 	patience time.Duration
+	wrote    atomic.Int64 // when the last frame went out, as life.seen
 
 	mu  lock // orders writers
 	buf []byte
@@ -116,11 +116,9 @@ func (l *link) writeLocked(t wire.Type, b []byte) error {
 	if _, err := l.conn.Write(b); err != nil {
 		return fmt.Errorf("%w: send %v: %w", errLine, t, err)
 	}
+	l.wrote.Store(l.life.now())
 	return nil
 }
-
-// errStop is returned by a handler to end receiving, having said why elsewhere.
-var errStop = errors.New("stop receiving")
 
 // receive hands every frame to handle, in order, until it returns an error or the
 // connection ends. Nobody else may read.
@@ -148,21 +146,28 @@ func closedByPeer(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// beat shows life until ctx ends, or the connection does, which is the error.
-func (l *link) beat(ctx context.Context, interval time.Duration) error {
-	t := time.NewTicker(interval)
-	defer t.Stop()
+// beat says what next tells whenever nothing has been said for as long as it tells,
+// until ctx ends, or the connection does, which is the error.
+func (l *link) beat(ctx context.Context, next func() (wire.Type, time.Duration)) error {
 	for {
-		if err := l.send(wire.TypeHeartbeat, 0, nil); err != nil {
-			return err
+		say, every := next()
+		wait := every - l.life.since(l.wrote.Load())
+		if wait <= 0 {
+			if err := l.send(say, 0, nil); err != nil {
+				return err
+			}
+			wait = every
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-t.C:
+		case <-time.After(wait):
 		}
 	}
 }
+
+// beat is how a side shows life while it is protected.
+func (h Heartbeat) beat() (wire.Type, time.Duration) { return wire.TypeHeartbeat, h.Interval }
 
 // handshake reads one frame by the deadline.
 func (l *link) handshake(deadline time.Time, want wire.Type) (wire.Frame, error) {

@@ -162,6 +162,30 @@ func TestTakeOverFails(t *testing.T) {
 	})
 }
 
+// Of a copy that may run though the take-over failed nothing is said, least of all
+// that protection has ended.
+func TestTakeOverMayRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{})
+		x.Shadow.Balk(migrate.ErrMayRun)
+		if err := x.Standby.Failover("asked for"); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-x.StandbyErr; !errors.Is(err, migrate.ErrMayRun) {
+			t.Errorf("standby: %v", err)
+		}
+		x.Work(2, 20*time.Millisecond)
+		select {
+		case err := <-x.PrimaryErr:
+			t.Errorf("the primary was told: %v", err)
+		default:
+		}
+		x.Net.Refuse(true)
+		x.Stop()
+		<-x.PrimaryErr
+	})
+}
+
 // TestSlowFirstCopy: while a copy takes long the standby goes on showing life.
 func TestSlowFirstCopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -293,6 +317,151 @@ func takeOver(t *testing.T, x *migratetest.Pair) {
 	if !x.Guest.Destroyed() {
 		t.Error("two copies run")
 	}
+	exact(t, x)
+}
+
+// The standby is told to take over while the primary lives, and the connection dies at
+// that moment. The primary does not let one frame go that the other copy, which it
+// can still ask, does not know of.
+func TestToldAndSilent(t *testing.T) {
+	for name, o := range map[string]migratetest.Options{
+		"rejoin":    {Rejoin: time.Minute},
+		"no rejoin": {},
+		"automatic": {Automatic: true},
+	} {
+		for _, takes := range []time.Duration{0, timeout, 5 * time.Second} {
+			t.Run(fmt.Sprintf("%s, %v", name, takes), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					x := start(t, o)
+					x.Points.At("shadow: take over", 1, func() { time.Sleep(takes) })
+					x.Net.Freeze()
+					if err := x.Standby.Failover("told to"); err != nil {
+						t.Fatal(err)
+					}
+					x.Work(200, 50*time.Millisecond)
+					ended(t, x, migrate.ErrTakenOver, nil)
+					if !x.Guest.Destroyed() {
+						t.Error("two copies run")
+					}
+					exact(t, x)
+				})
+			})
+		}
+	}
+}
+
+// A take-over that fails while the primary asks is none: there must be one copy.
+func TestToldAndSilentFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := start(t, migratetest.Options{Rejoin: time.Minute})
+		x.Shadow.Spoil(1)
+		x.Points.At("shadow: take over", 1, func() { time.Sleep(3 * time.Second) })
+		x.Net.Freeze()
+		if err := x.Standby.Failover("told to"); err != nil {
+			t.Fatal(err)
+		}
+		<-x.StandbyErr
+		x.Net.Refuse(true)
+		if err := <-x.PrimaryErr; !errors.Is(err, migrate.ErrStandbyLost) {
+			t.Errorf("primary: %v", err)
+		}
+		alone(t, x)
+	})
+}
+
+// Whoever cleans up after a primary that was killed learns whether the guest is still
+// its own, while a take-over is under way, too.
+func TestAsk(t *testing.T) {
+	for name, c := range map[string]struct {
+		failover, fails, mayRun, refuse bool
+		want                            error // nil: not known to have taken over
+		unknown                         bool  // whether it has
+	}{
+		"not taken over":  {},
+		"taken over":      {failover: true, want: migrate.ErrTakenOver},
+		"take-over fails": {failover: true, fails: true},
+		"it may run":      {failover: true, mayRun: true, unknown: true},
+		"process gone":    {refuse: true, unknown: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var cfg migrate.PrimaryConfig
+				x := migratetest.NewPair(migratetest.Options{Primary: func(c *migrate.PrimaryConfig) { cfg = *c }})
+				var killed atomic.Bool
+				log := slog.New(slog.DiscardHandler)
+				x.Primary = migrate.NewPrimary(cfg, func(ctx context.Context) (net.Conn, error) {
+					if killed.Load() {
+						return nil, migrate.ErrStandbyLost
+					}
+					return x.Net.Dial(ctx)
+				}, x.Guest, x.Output, log)
+				x.Start(t)
+				x.Work(20, 50*time.Millisecond)
+				killed.Store(true)
+				x.Net.Kill(migratetest.Primary)
+				<-x.PrimaryErr
+				x.Net.Refuse(c.refuse)
+				if c.fails {
+					x.Shadow.Spoil(1)
+				}
+				if c.mayRun {
+					x.Shadow.Balk(migrate.ErrMayRun)
+				}
+				if c.failover {
+					x.Points.At("shadow: take over", 1, func() { time.Sleep(4 * time.Second) })
+					if err := x.Standby.Failover("told to"); err != nil {
+						t.Fatal(err)
+					}
+					time.Sleep(time.Second)
+				}
+				remembered := false
+				cfg.TakenOver = func() error { remembered = true; return nil }
+				ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+				defer cancel()
+				err := migrate.Ask(ctx, cfg, x.Net.Dial, log)
+				if c.want != nil && !errors.Is(err, c.want) || (c.unknown || c.want != nil) != (err != nil) || errors.Is(err, migrate.ErrTakenOver) != remembered {
+					t.Errorf("%v, remembered %v", err, remembered)
+				}
+				if err == nil && !x.Shadow.Closed() {
+					t.Error("it still has a copy, though it said that it has not taken over")
+				}
+				// It need not be told any more, or has nothing left.
+				select {
+				case <-x.StandbyErr:
+				case <-time.After(15 * time.Second):
+					t.Error("the standby does not end")
+				}
+			})
+		})
+	}
+}
+
+// A connection that says nothing any more is replaced: the standby lives.
+func TestFrozenConnection(t *testing.T) {
+	for name, o := range map[string]migratetest.Options{"rejoin": {Rejoin: time.Minute}, "no rejoin": {}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x := start(t, o)
+				for n := range int64(5) {
+					x.Net.Freeze()
+					x.Work(40, 50*time.Millisecond)
+					if st := x.Primary.Stats(); !st.Protected || st.Reconnects != n+1 {
+						t.Fatalf("%+v", st)
+					}
+				}
+				takeOverTold(t, x)
+			})
+		})
+	}
+}
+
+// takeOverTold is takeOver where the standby has to be told.
+func takeOverTold(t *testing.T, x *migratetest.Pair) {
+	t.Helper()
+	if err := x.Standby.Failover("told to"); err != nil {
+		t.Fatal(err)
+	}
+	ended(t, x, migrate.ErrTakenOver, nil)
 	exact(t, x)
 }
 
@@ -475,12 +644,12 @@ func TestOutOfStep(t *testing.T) {
 			for n := range 64 {
 				x.Shadow.Spoil(n)
 			}
-			x.Guest.Dirty = 300
+			x.Guest.Changes(300)
 			x.Work(5, 40*time.Millisecond)
 			if st := x.Primary.Stats(); !st.Protected || st.Resyncs < int64(i) {
 				t.Fatalf("%d: %+v", i, st)
 			}
-			x.Guest.Dirty = 8
+			x.Guest.Changes(8)
 		}
 		st, sb := x.Primary.Stats(), x.Standby.Stats()
 		if st.Resyncs == 0 || st.Resyncs != sb.Refused || st.Reconnects != 0 {
@@ -536,6 +705,57 @@ func TestShadowBreaks(t *testing.T) {
 	})
 }
 
+// stumbler is a guest whose checkpoint ends with more than what it was ended by.
+type stumbler struct {
+	migrate.Guest
+	on  *atomic.Bool
+	err error
+}
+
+func (g stumbler) Checkpoint(ctx context.Context, seal func() error, c *migrate.Capture) error {
+	if !g.on.Load() {
+		return g.Guest.Checkpoint(ctx, seal, c)
+	}
+	<-ctx.Done()
+	return errors.Join(context.Cause(ctx), g.err)
+}
+
+// What goes wrong with the guest while protection ends is not hidden by why it ends.
+func TestStumble(t *testing.T) {
+	stuck := errors.New("the guest stands and cannot be resumed")
+	for name, c := range map[string]struct {
+		end  func(*migratetest.Pair)
+		want error // too
+	}{
+		"asked":            {func(x *migratetest.Pair) { x.Primary.End("enough") }, nil},
+		"standby ends":     {func(x *migratetest.Pair) { x.Standby.End("enough") }, migrate.ErrStandbyLost},
+		"standby silent":   {func(x *migratetest.Pair) { x.Net.Cut(true) }, migrate.ErrStandbyLost},
+		"standby killed":   {func(x *migratetest.Pair) { x.Net.Refuse(true); x.Net.Kill(migratetest.Standby) }, migrate.ErrStandbyLost},
+		"standby has it":   {func(x *migratetest.Pair) { x.Standby.Failover("told to") }, migrate.ErrTakenOver},
+		"asked, no reason": {func(x *migratetest.Pair) { x.Stop() }, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var on atomic.Bool
+				x := start(t, migratetest.Options{Guest: func(g migrate.Guest) migrate.Guest { return stumbler{g, &on, stuck} }})
+				on.Store(true)
+				x.Work(1, time.Second)
+				c.end(x)
+				err := <-x.PrimaryErr
+				if !errors.Is(err, stuck) || c.want != nil && !errors.Is(err, c.want) {
+					t.Errorf("%v, want %v and %v", err, c.want, stuck)
+				}
+				if said := fmt.Sprint(err); strings.Count(said, "\n") > 1 || strings.Contains(said, "asked to end") {
+					t.Errorf("said to the operator: %v", err)
+				}
+				x.Stop()
+				x.Net.Refuse(false)
+				<-x.StandbyErr
+			})
+		})
+	}
+}
+
 func TestGuestGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x := start(t, migratetest.Options{Automatic: true})
@@ -545,6 +765,38 @@ func TestGuestGone(t *testing.T) {
 			t.Error("the shadow of a guest that has ended must end")
 		}
 	})
+}
+
+// A guest's interfaces go with it; one that goes alone ends protection by itself.
+func TestInterfaceGone(t *testing.T) {
+	lost := errors.New("vif: interface is gone")
+	for name, c := range map[string]struct {
+		guest bool
+		want  error
+	}{
+		"with the guest": {true, migrate.ErrGuestGone},
+		"alone":          {false, lost},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x := start(t, migratetest.Options{Automatic: true})
+				x.Points.At("output: release", 1, func() {
+					x.Output.Break(lost)
+					if c.guest {
+						x.Guest.Fail(migrate.ErrGuestGone)
+					}
+				})
+				x.Work(1, time.Second)
+				err := <-x.PrimaryErr
+				if !errors.Is(err, c.want) || c.guest && err.Error() != c.want.Error() {
+					t.Errorf("%v, want %v", err, c.want)
+				}
+				if err := <-x.StandbyErr; err != nil || x.Shadow.Over() != nil || !x.Shadow.Closed() {
+					t.Errorf("standby: %v", err)
+				}
+			})
+		})
+	}
 }
 
 // Being asked to end is heeded wherever the protection stands.
@@ -662,6 +914,161 @@ func crash(t *testing.T, side, label string, nth int) {
 	<-x.StandbyErr
 }
 
+// A connection that breaks while all memory is sent, the first time or later, has it
+// sent anew, at whatever moment it breaks.
+func TestCopyBreaks(t *testing.T) {
+	breaks := map[string]func(*migratetest.Network){
+		"reset":             (*migratetest.Network).Reset,
+		"closed by primary": func(n *migratetest.Network) { n.Kill(migratetest.Primary) },
+		"closed by standby": func(n *migratetest.Network) { n.Kill(migratetest.Standby) },
+	}
+	for name, breaking := range breaks {
+		for label := range labels(t) {
+			if strings.HasPrefix(label, "output: release") {
+				continue // it comes after the copy
+			}
+			for _, later := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, %s, later %v", name, label, later), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						x := migratetest.NewPair(migratetest.Options{Automatic: true, Pages: 2000})
+						if later {
+							x.Start(t)
+							x.Work(20, 50*time.Millisecond)
+							x.Guest.Confuse(migratetest.After)
+						}
+						if !later || label != "guest: begin" && label != "shadow: head" {
+							x.Points.At(label, 1, func() { breaking(x.Net) })
+						}
+						if !later {
+							x.Start(t)
+						}
+						x.Work(40, 50*time.Millisecond)
+						if st := x.Primary.Stats(); !st.Protected || st.Epoch < 5 || st.CopyBytes != 2000*page.Size {
+							t.Fatalf("%+v", st)
+						}
+						takeOver(t, x)
+					})
+				})
+			}
+		}
+	}
+}
+
+// A guest that is not protected yet is heard while its first copy is made anew, though
+// it was about to be.
+func TestCopyBreaksLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := migratetest.NewPair(migratetest.Options{Automatic: true})
+		x.Points.At("guest: resumed", 1, func() {
+			x.Net.Reset()
+			x.Points.At("guest: round", 1, func() { time.Sleep(10 * time.Second) })
+		})
+		x.Start(t)
+		x.Work(50, 50*time.Millisecond)
+		if out := x.Output.Released(); uint64(len(out)) != x.Guest.Count() {
+			t.Errorf("%d frames of %d have left", len(out), x.Guest.Count())
+		}
+		x.Work(200, 50*time.Millisecond)
+		if st := x.Primary.Stats(); !st.Protected {
+			t.Fatalf("%+v", st)
+		}
+		takeOver(t, x)
+	})
+}
+
+// Only the acknowledgement of the first copy is lost: it is not sent again.
+func TestCopyAcknowledgementLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := migratetest.NewPair(migratetest.Options{Automatic: true, Pages: 2000})
+		x.Points.At("shadow: check", 1, func() {
+			x.Net.Mute(migratetest.Standby, true)
+			go func() {
+				time.Sleep(timeout / 5)
+				x.Net.Reset()
+				x.Net.Mute(migratetest.Standby, false)
+			}()
+		})
+		x.Start(t)
+		x.Work(40, 50*time.Millisecond)
+		if st, n := x.Primary.Stats(), x.Net.Written(); !st.Protected || st.Reconnects != 1 || n > 3000*page.Size {
+			t.Fatalf("%d bytes written, %+v", n, st)
+		}
+		takeOver(t, x)
+	})
+}
+
+// A copy that begins anew is of the guest that it was begun with.
+func TestCopyAnotherHead(t *testing.T) {
+	for head, good := range map[string]bool{migratetest.Head: true, "another": false} {
+		synctest.Test(t, func(t *testing.T) {
+			n, s := migratetest.NewNetwork(), migratetest.NewShadow()
+			sb := migrate.NewStandby(migrate.StandbyConfig{UUID: [16]byte{1}, MemoryKiB: 4096, Limit: migratetest.Limit, Generation: 3,
+				Heartbeat: migrate.Heartbeat{Interval: interval, Timeout: timeout}}, n.Accept, s, slog.New(slog.DiscardHandler))
+			done := make(chan error, 1)
+			go func() { done <- sb.Run(t.Context()) }()
+			hello := wire.Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}.Append(nil)
+			for _, h := range []string{migratetest.Head, head} {
+				conn, err := n.Dial(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, f := range []wire.Frame{{Type: wire.TypeHello, Payload: hello}, {Type: wire.TypeHead, Epoch: 1, Payload: []byte(h)}} {
+					f.Generation = 3
+					raw, err := f.Append(nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					conn.Write(raw)
+				}
+				synctest.Wait()
+				conn.Close()
+			}
+			began := time.Now()
+			err := <-done
+			if waited := time.Since(began) > time.Second; err == nil || waited != good {
+				t.Errorf("head %q: waited for another connection %v: %v", head, waited, err)
+			}
+		})
+	}
+}
+
+// It is not tried for ever.
+func TestCopyBreaksForGood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := migratetest.NewPair(migratetest.Options{Automatic: true})
+		var again func()
+		again = func() {
+			x.Net.Reset()
+			x.Points.At("guest: round", 1, again)
+		}
+		x.Points.At("guest: round", 1, again)
+		x.Start(t)
+		ended(t, x, migrate.ErrStandbyLost, nil)
+		alone(t, x)
+		if n := x.Points.Hits()["guest: round"]; n != 4 || !x.Shadow.Closed() {
+			t.Errorf("tried %d times, shadow closed: %v", n, x.Shadow.Closed())
+		}
+	})
+}
+
+// Who dies in the middle of the first copy is not waited for for long.
+func TestCopyKilled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := migratetest.NewPair(migratetest.Options{Automatic: true})
+		x.Points.At("guest: round", 1, func() {
+			x.Net.Refuse(true)
+			x.Net.Kill(migratetest.Primary)
+		})
+		x.Start(t)
+		began := time.Now()
+		ended(t, x, migrate.ErrStandbyLost, migrate.ErrPrimaryLost)
+		if d := time.Since(began); d > 12*time.Second || x.Shadow.Over() != nil || !x.Shadow.Closed() {
+			t.Errorf("after %v: shadow over %v, closed %v", d, x.Shadow.Over(), x.Shadow.Closed())
+		}
+		alone(t, x)
+	})
+}
+
 // Somebody else reads the log of changed pages: all is sent again, and protection
 // goes on.
 func TestPagesUnknown(t *testing.T) {
@@ -746,13 +1153,21 @@ func randomFaults(t *testing.T, seed uint64) (bothSilent bool) {
 			time.Sleep(timeout + ms(5000))
 			x.Net.Cut(false)
 		case 8:
-			x.Guest.Dirty = 1 + r.IntN(100)
+			x.Guest.Changes(1 + r.IntN(100))
 		default:
 			x.Work(r.IntN(20), ms(50))
 		}
 		x.Work(r.IntN(5), ms(100))
 	}
-	switch r.IntN(4) {
+	if r.IntN(3) == 0 { // what else happens, happens meanwhile
+		go x.Primary.Switchover(t.Context())
+		time.Sleep(ms(40))
+	}
+	switch r.IntN(5) {
+	case 4:
+		if x.Primary.Switchover(t.Context()) != nil {
+			x.Primary.End("enough")
+		}
 	case 0:
 		x.Primary.End("enough")
 	case 1:
@@ -802,38 +1217,16 @@ func randomFaults(t *testing.T, seed uint64) (bothSilent bool) {
 
 // hostile plays a primary that does not keep to the protocol.
 func TestHostilePrimary(t *testing.T) {
-	frame := func(typ wire.Type, e wire.Epoch, payload []byte) *wire.Frame {
-		return &wire.Frame{Type: typ, Epoch: e, Payload: payload, Generation: 3}
-	}
-	good := wire.Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}
-	hello := frame(wire.TypeHello, 0, good.Append(nil))
+	hello := helloAt(0)
 	with := func(f func(*wire.Hello)) *wire.Frame {
-		h := good
+		h := wire.Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}
 		f(&h)
 		return frame(wire.TypeHello, 0, h.Append(nil))
 	}
-	head := frame(wire.TypeHead, 1, []byte(migratetest.Head))
-	records := func(pfns ...page.PFN) (b []byte) {
-		enc := page.NewEncoder(0)
-		for _, pfn := range pfns {
-			b = enc.Append(b, pfn, make([]byte, page.Size))
-		}
-		return b
+	sums := func(e wire.Epoch, total, before, first uint64, n int) *wire.Frame {
+		return frame(wire.TypeSums, e, wire.Sums{Total: total, Before: before, First: first, Sums: make([]uint64, n)}.Append(nil))
 	}
-	// epoch makes a whole one, of these frames.
-	epoch := func(e wire.Epoch, pages uint64, frames ...*wire.Frame) []*wire.Frame {
-		end := wire.EpochEnd{Pages: pages}
-		for _, f := range frames {
-			if _, err := f.Append(nil); err != nil {
-				t.Fatal(err)
-			}
-			end.Add(*f)
-		}
-		return append(frames, frame(wire.TypeEpochEnd, e, end.Append(nil)))
-	}
-	state := func(e wire.Epoch) *wire.Frame { return frame(wire.TypeState, e, migratetest.State{}.Append(nil)) }
-	pages := func(e wire.Epoch, pfns ...page.PFN) *wire.Frame { return frame(wire.TypePages, e, records(pfns...)) }
-	first := append([]*wire.Frame{hello}, epoch(1, 2, head, pages(1, 0, 1), state(1))...)
+	head, first := headFrame(), firstEpoch()
 	then := func(f ...*wire.Frame) []*wire.Frame { return append(slices.Clone(first), f...) }
 
 	for name, c := range map[string]struct {
@@ -875,6 +1268,24 @@ func TestHostilePrimary(t *testing.T) {
 		"end without sum":         {then(pages(2, 0), state(2), frame(wire.TypeEpochEnd, 2, nil)), 1, 1, true},
 		"refused, then no more":   {then(append([]*wire.Frame{pages(9, 0)}, epoch(2, 1, pages(2, 1), state(2))...)...), 1, 1, true},
 		"refused, then restarted": {then(append([]*wire.Frame{pages(9, 0), frame(wire.TypeRestart, 2, nil)}, epoch(2, 1, pages(2, 1), state(2))...)...), 2, 1, true},
+		"sums, all":               {then(sums(1, 2, 0, 0, 1), sums(1, 2, 1, 1, 1)), 1, 0, true},
+		"sums, begun anew":        {then(sums(1, 9, 0, 0, 1), sums(1, 9, 0, 0, 1), sums(1, 9, 1, 1, 1)), 1, 0, true},
+		"sums, then an epoch":     {then(append([]*wire.Frame{sums(1, 9, 0, 0, 1)}, epoch(2, 1, pages(2, 1), state(2))...)...), 2, 0, true},
+		"sums, too early":         {[]*wire.Frame{hello, head, sums(1, 1, 0, 0, 1)}, 0, 0, false},
+		"sums, too many":          {then(sums(1, 1<<30, 0, 0, 1)), 1, 1, false},
+		"sums, outside":           {then(sums(1, 2, 0, uint64(migratetest.Limit)-1, 2)), 1, 1, false},
+		"sums, far outside":       {then(sums(1, 2, 0, 1<<47, 2)), 1, 1, false},
+		"sums, next epoch":        {then(sums(2, 1, 0, 0, 1)), 1, 1, false},
+		"sums, last epoch":        {then(sums(0, 1, 0, 0, 1)), 1, 1, false},
+		"sums, amid an epoch":     {then(pages(2, 0), sums(1, 1, 0, 0, 1)), 1, 1, false},
+		"sums, without a start":   {then(sums(1, 9, 1, 0, 1)), 1, 1, false},
+		"sums, some left out":     {then(sums(1, 9, 0, 0, 1), sums(1, 9, 2, 1, 1)), 1, 1, false},
+		"sums, twice":             {then(sums(1, 9, 0, 0, 2), sums(1, 9, 2, 1, 1)), 1, 1, false},
+		"sums, of more":           {then(sums(1, 9, 0, 0, 2), sums(1, 10, 2, 2, 1)), 1, 1, false},
+		"sums, after the end":     {then(sums(1, 2, 0, 0, 2), sums(1, 2, 1, 2, 1)), 1, 1, false},
+		"sums, none":              {then(frame(wire.TypeSums, 1, make([]byte, 24))), 1, 1, false},
+		"sums, of another epoch":  {then(append(append([]*wire.Frame{sums(1, 9, 0, 0, 1)}, epoch(2, 1, pages(2, 1), state(2))...), sums(2, 9, 1, 1, 1))...), 2, 1, false},
+		"says compared":           {then(frame(wire.TypeCompared, 1, wire.Compared{Pages: 1}.Append(nil))), 1, 1, false},
 		"restarts another":        {then(frame(wire.TypeRestart, 3, nil)), 1, 1, false},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -934,14 +1345,16 @@ func TestHostilePrimary(t *testing.T) {
 	}
 }
 
-// A second connection of somebody who is not the one who began is refused, and
-// harms nothing.
+// A second connection of somebody who speaks for another guest, or another language, is
+// refused, and harms nothing. Who speaks for the same guest is its primary's successor:
+// see TestAskBinds.
 func TestIntruder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x := start(t, migratetest.Options{Automatic: true})
 		for _, h := range []wire.Hello{
-			{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99},
-			{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99, Committed: x.Primary.Stats().Epoch},
+			{Lowest: 2, Highest: 2, UUID: [16]byte{2}, MemoryKiB: 256, Session: 99},
+			{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 128, Session: 99, Committed: x.Primary.Stats().Epoch},
+			{Lowest: 3, Highest: 4, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99},
 		} {
 			var conn net.Conn
 			conn, err := x.Net.Dial(t.Context())

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,6 +39,7 @@ type PrimaryConfig struct {
 type PrimaryStats struct {
 	Protected  bool       // the last epoch committed is not older than the output that is out
 	Alone      bool       // the standby is silent, the guest goes on without it
+	Switching  bool       // the guest stands, or is about to, to be handed over
 	Epoch      wire.Epoch // last committed
 	Last       Checkpoint // of the last committed epoch
 	LastBytes  int64
@@ -62,6 +64,7 @@ const (
 const (
 	maxRefusals = 3
 	maxLines    = 16
+	maxCopies   = 4 // of all memory, which takes its time
 )
 
 // Primary runs one protection of a guest on the host it runs on.
@@ -87,19 +90,25 @@ type Primary struct {
 	sealed   bool         // the output of the epoch under way is held, and waits for its commit
 	passing  bool         // output passes: nothing is held
 	fresh    bool         // the epoch under way was taken after the output had last passed
+	held     bool         // the guest stands since the last checkpoint, to be handed over
 	reason   string       // of End
-	askOnce  sync.Once
 	cancel   context.CancelCauseFunc
 	canceled context.Context
 
 	sending atomic.Uint64 // last epoch of which something was sent
 
-	mu      sync.Mutex
-	stats   PrimaryStats
-	policy  Policy
-	line    *primaryLine // nil while there is none
-	alone   bool         // told to go on alone
-	changed chan struct{}
+	mu     sync.Mutex
+	stats  PrimaryStats
+	policy Policy
+	line   *primaryLine // nil while there is none
+	asking bool         // what the standby says, or said last, is still to be acted on
+	alone  bool         // told to go on alone
+	check  *check       // somebody waits for it, see Verify; nil: nobody
+	asked  bool         // to end
+	// See Switchover. While handing, the standby may be taking over.
+	handover *handover
+	handing  bool
+	changed  chan struct{}
 
 	kept chan struct{} // closed when the connection is not kept any more
 	fate error         // why not; valid then
@@ -125,7 +134,9 @@ func NewPrimary(cfg PrimaryConfig, dial Dial, g Guest, o Output, log *slog.Logge
 func (p *Primary) Stats() PrimaryStats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.stats
+	s := p.stats
+	s.Switching = p.handover != nil && p.handover.begun
+	return s
 }
 
 // SetPolicy changes when checkpoints are due, from now on. It may be called at any
@@ -147,22 +158,28 @@ func (p *Primary) change(f func()) {
 	p.changed = make(chan struct{})
 }
 
-// End asks Run to end protection in good order. It does not block.
+// End asks Run to end protection in good order. It does not block. If the standby is
+// just being asked to take over, what becomes of that comes first.
 func (p *Primary) End(reason string) {
-	p.askOnce.Do(func() {
-		p.mu.Lock()
-		p.reason = reason
-		p.mu.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.asked {
+		return
+	}
+	p.asked, p.reason = true, reason
+	if !p.handing {
 		p.cancel(errAsked)
-	})
+	}
 }
 
 var errAsked = errors.New("asked to end")
 
 // Run protects the guest until that ends, and says why: nil if End asked for it,
-// else one of this package's errors. Whatever the reason, on return the guest's
+// else one of this package's errors; ErrSwitchedOver is what Switchover asked for.
+// Whatever the reason, on return the guest's
 // output flows freely and the guest runs, unless it has ended or the standby runs
-// it. When ctx ends that is as if End had been called.
+// it. Where something went wrong with that in the meantime it is said, too, and then
+// not even an End asked for returns nil. When ctx ends that is as if End had been called.
 func (p *Primary) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { p.End("the replicator was stopped") })
 	defer stop()
@@ -178,13 +195,26 @@ func (p *Primary) Run(ctx context.Context) error {
 	if err == nil {
 		err = p.protect(p.canceled)
 	}
-	if c := context.Cause(p.canceled); c != nil && !errors.Is(err, ErrGuestGone) {
-		err = c // what ended the work says more than what stumbled over that
+	// With a guest its interfaces go, and whoever meets that first does not know why.
+	if err != nil && !errors.Is(err, ErrGuestGone) && p.canceled.Err() == nil && p.guest.Ended() {
+		p.log.Info("the guest has ended", "met", err)
+		err = ErrGuestGone
 	}
-	err = p.finish(connected, err)
+	var rest error
+	if c := context.Cause(p.canceled); c != nil && !errors.Is(err, ErrGuestGone) {
+		rest, err = beside(err, c), c // what ended the work comes first
+	}
+	if err = p.finish(connected, err); rest != nil {
+		err = errors.Join(err, rest)
+	}
 	p.cancel(err)
 	disconnect()
 	wg.Wait()
+	if errors.Is(err, ErrSwitchedOver) {
+		p.settle(nil)
+	} else {
+		p.settle(fmt.Errorf("protection has ended meanwhile: %w", cmp.Or(err, errAsked)))
+	}
 	return err
 }
 
@@ -210,7 +240,8 @@ func (p *Primary) protect(ctx context.Context) error {
 			return err
 		}
 		began = time.Now()
-		err := p.checkpoint(ctx)
+		handover := p.pick()
+		check, err := p.checked(ctx, handover != nil)
 		if errors.Is(err, ErrPagesUnknown) {
 			p.log.Warn("all pages are sent again", "epoch", uint64(epoch), "reason", err)
 			if began, err = p.copy(ctx, epoch, nil); err == nil {
@@ -220,36 +251,82 @@ func (p *Primary) protect(ctx context.Context) error {
 		if err == nil {
 			err = p.commit(ctx, epoch)
 		}
+		if err == nil && p.held {
+			err = p.handOver(ctx, epoch)
+		}
 		if err != nil {
 			return fmt.Errorf("epoch %d: %w", epoch, err)
+		}
+		if check != nil {
+			p.compare(epoch, check)
 		}
 	}
 }
 
 // copy sends all of the guest's memory, most of it while the guest runs, as one
 // epoch: the first one, which has a head, or a later one where it is not known what
-// changed. It cannot be gone on with over another connection, nor sent again, since
-// its pages are not kept here: whatever breaks it ends protection.
+// changed. Its pages are not kept here, so that it cannot be gone on with over another
+// connection: it begins anew over each one. What the standby refuses ends protection.
 func (p *Primary) copy(ctx context.Context, epoch wire.Epoch, head []byte) (began time.Time, err error) {
-	l, err := p.await(ctx)
-	if err != nil {
-		return began, err
-	}
 	p.sending.Store(uint64(epoch))
-	w := epochWriter{p: p, line: l, epoch: epoch, whole: true}
-	began, err = p.copyOn(ctx, &w, head)
-	switch {
-	case errors.Is(err, errRefused):
-		return began, fmt.Errorf("%w: %s", ErrRefused, <-l.refused)
-	case errors.Is(err, errLine):
+	w := epochWriter{p: p, epoch: epoch, whole: true}
+	for try := 1; ; try++ {
+		l, err := p.await(ctx)
+		switch {
+		case err != nil:
+			return began, err
+		case l == p.last: // what it began with is old
+		case l.committed == epoch && w.line != nil: // its acknowledgement was lost
+			p.last = l
+			return began, p.committed(epoch, &w, time.Since(began))
+		case l.committed != epoch-1:
+			return began, fmt.Errorf("%w: it says it has epoch %d", ErrStandbyLost, l.committed)
+		}
+		if w.line != nil {
+			if err := p.again(epoch); err != nil {
+				return began, err
+			}
+		}
+		w.line, w.end = l, wire.EpochEnd{}
+		began, err = p.copyOn(ctx, &w, head)
+		switch {
+		case errors.Is(err, errRefused):
+			return began, fmt.Errorf("%w: %s", ErrRefused, <-l.refused)
+		case !errors.Is(err, errLine):
+			return began, err
+		}
 		// If there is more to say than that, it is known where connections are kept.
 		p.hangUp(l)
 		<-l.done
-		if err = l.err; errors.Is(err, errLine) {
-			err = fmt.Errorf("while all of the guest's memory was sent: %w", err)
+		switch {
+		case !errors.Is(l.err, errLine):
+			return began, l.err
+		case try == maxCopies:
+			return began, fmt.Errorf("%w: %d times while all of the guest's memory was sent: %w", ErrStandbyLost, try, l.err)
 		}
 	}
-	return began, err
+}
+
+// again prepares for a copy to begin anew. Before the first one is whole the standby
+// has nothing to take over from, and nothing needs to be held.
+func (p *Primary) again(epoch wire.Epoch) error {
+	p.log.Warn("all of the guest's memory is sent anew, over another connection", "epoch", uint64(epoch))
+	// What is dropped over there is not sent again if the guest has no such page by then.
+	p.enc.Reset()
+	if err := p.guest.Again(); err != nil {
+		return err
+	}
+	if epoch > 1 {
+		return nil
+	}
+	if err := p.output.Pass(); err != nil {
+		return fmt.Errorf("let the guest's output go: %w", err)
+	}
+	p.passing, p.sealed, p.fresh = true, false, false
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stats.CopyBytes = 0
+	return nil
 }
 
 func (p *Primary) copyOn(ctx context.Context, w *epochWriter, head []byte) (began time.Time, err error) {
@@ -313,10 +390,10 @@ func (p *Primary) wait(ctx context.Context, began time.Time) error {
 	var asked bool // output has asked for a checkpoint
 	for {
 		p.mu.Lock()
-		policy, l, changed := p.policy, p.line, p.changed
-		pause := p.stats.Last.Pause()
+		policy, l, handover, changed := p.policy, p.line, p.handover, p.changed
+		pause := p.stats.Last.Pause() - p.stats.Last.Sums // that was for once
 		p.mu.Unlock()
-		if l == nil || p.passing {
+		if l == nil || p.passing || handover != nil {
 			return nil // what is to be done about that is not decided here
 		}
 		soonest, latest := policy.after(pause)
@@ -357,6 +434,11 @@ func (p *Primary) await(ctx context.Context) (*primaryLine, error) {
 		if l != nil {
 			return l, nil
 		}
+		if alone && p.held { // before the standby was asked to take over
+			if err := p.goOn(fmt.Errorf("%w: it is silent", ErrStandbyLost)); err != nil {
+				return nil, err
+			}
+		}
 		if alone && !p.passing {
 			if err := p.output.Pass(); err != nil {
 				return nil, fmt.Errorf("let the guest's output go: %w", err)
@@ -377,11 +459,32 @@ func (p *Primary) await(ctx context.Context) (*primaryLine, error) {
 
 // checkpoint takes one into p.capture.
 func (p *Primary) checkpoint(ctx context.Context) error {
-	err := p.guest.Checkpoint(ctx, p.seal, &p.capture)
-	if err != nil && !errors.Is(err, ErrGuestGone) && context.Cause(ctx) != nil {
-		return context.Cause(ctx)
+	return p.guest.Checkpoint(ctx, p.seal, &p.capture)
+}
+
+// beside is what err says apart from cause: what else there was to stumble over when
+// cause ended the work. What has become of the connection then follows from cause. If
+// somebody asks to end while a guest is suspended that then cannot be resumed, err is
+// errAsked and that: what is beside errAsked is that the guest stands.
+func beside(err, cause error) error {
+	switch {
+	case err == cause:
+		return nil
+	case !errors.Is(err, cause):
+		if errors.Is(err, errLine) || errors.Is(err, ErrStandbyLost) {
+			return nil
+		}
+		return err
 	}
-	return err
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return beside(errors.Unwrap(err), cause)
+	}
+	var rest []error
+	for _, e := range joined.Unwrap() {
+		rest = append(rest, beside(e, cause))
+	}
+	return errors.Join(rest...)
 }
 
 func (p *Primary) seal() error {
@@ -493,7 +596,7 @@ func (p *Primary) committed(epoch wire.Epoch, w *epochWriter, lag time.Duration)
 	defer p.mu.Unlock()
 	s := &p.stats
 	s.Epoch, s.LastBytes, s.Lag = epoch, int64(w.end.Bytes), lag
-	s.Last = Checkpoint{Suspend: c.Suspend, Copy: c.Copy, Resume: c.Resume, Pages: int64(len(c.PFNs))}
+	s.Last = Checkpoint{Suspend: c.Suspend, Copy: c.Copy, Resume: c.Resume, Sums: c.SumsTook, Pages: int64(len(c.PFNs))}
 	s.Bytes += int64(w.end.Bytes)
 	s.PauseSum += s.Last.Pause()
 	s.PauseMax = max(s.PauseMax, s.Last.Pause())
@@ -588,11 +691,21 @@ func (p *Primary) finish(connected context.Context, why error) error {
 	case errors.Is(why, ErrGuestGone):
 		reason = ErrGuestGone.Error()
 	}
-	// One that is silent is not told: the guest goes on alone at once.
-	if !errors.Is(why, ErrTakenOver) && !errors.Is(why, errSilent) {
+	// One that is silent, and cannot be reached, is not told: the guest goes on alone
+	// at once.
+	if !errors.Is(why, ErrTakenOver) && (!errors.Is(why, errSilent) || p.reachable()) {
 		if err := p.tell(connected, reason); errors.Is(err, ErrTakenOver) {
 			why = err // it came first
 		}
+	}
+	if errors.Is(why, ErrTakenOver) && p.handing {
+		// Nor is there any: what the guest had sent is out, or about to leave. Close sees
+		// it leave before the interface goes with the guest.
+		p.log.Info("the standby runs the guest; ending this copy")
+		if err := errors.Join(p.output.Close(), p.guest.Destroy(context.WithoutCancel(connected)), p.guest.Close()); err != nil {
+			p.log.Error("the guest was handed over, but not everything could be put back", "err", err)
+		}
+		return ErrSwitchedOver
 	}
 	if errors.Is(why, ErrTakenOver) {
 		// Not one held frame may leave: the standby speaks for the guest now.

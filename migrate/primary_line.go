@@ -23,31 +23,41 @@ type primaryLine struct {
 
 // patience is how long silence is borne.
 func (p *Primary) patience() time.Duration {
-	if p.Stats().Epoch > 0 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.handing:
+		return max(p.cfg.Heartbeat.Timeout, handoverPatience)
+	case p.stats.Epoch > 0:
 		return p.cfg.Heartbeat.Timeout
 	}
 	return max(p.cfg.Heartbeat.Timeout, setupTimeout)
 }
 
 // keep keeps a connection to the standby until ctx ends or it is known that there
-// will be none. Only with the first copy whole can another one take its place.
+// will be none. The first one is not tried twice.
 func (p *Primary) keep(ctx context.Context) {
-	defer close(p.kept)
+	defer func() {
+		close(p.kept)
+		p.change(func() { p.asking = false }) // after kept, so that fate is never missed
+	}()
 	const first = 5 * time.Millisecond
 	pause := first
 	for n := 0; ; {
 		began := time.Now()
 		l, err := p.connect(ctx)
 		if err == nil {
-			if n++; n > 1 {
-				p.log.Warn("connected to the standby again", "committed", uint64(l.committed))
-			}
+			n++
 			p.change(func() {
-				p.line = l
+				p.line, p.asking = l, false
 				p.stats.Reconnects = int64(n - 1)
 			})
+			if n > 1 {
+				p.log.Warn("connected to the standby again", "committed", uint64(l.committed))
+			}
 			l.err = p.serve(ctx, l)
-			p.change(func() { p.line = nil }) // before done, so that await does not return it
+			// Before done, so that await does not return it.
+			p.change(func() { p.line, p.asking = nil, true })
 			close(l.done)
 			err = l.err
 			if time.Since(began) > p.cfg.Heartbeat.Timeout {
@@ -58,7 +68,7 @@ func (p *Primary) keep(ctx context.Context) {
 			p.fate = context.Cause(ctx)
 			return
 		}
-		if errors.Is(err, errLine) && p.Stats().Epoch == 0 {
+		if errors.Is(err, errLine) && n == 0 {
 			err = fmt.Errorf("%w: %w", ErrStandbyLost, err)
 		}
 		if !errors.Is(err, errLine) || errors.Is(err, ErrStandbyLost) || errors.Is(err, ErrTakenOver) {
@@ -66,6 +76,7 @@ func (p *Primary) keep(ctx context.Context) {
 			p.cancel(err)
 			return
 		}
+		p.change(func() { p.asking = false })
 		p.log.Warn("no connection to the standby; trying again", "err", err)
 		select {
 		case <-ctx.Done():
@@ -76,7 +87,8 @@ func (p *Primary) keep(ctx context.Context) {
 }
 
 // connect dials and shakes hands. Its error is errLine where another try may
-// succeed.
+// succeed. Once the standby has let us in it leaves asking set, for who acts on what
+// comes of that.
 func (p *Primary) connect(ctx context.Context) (*primaryLine, error) {
 	deadline := time.Now().Add(p.patience())
 	if p.Stats().Alone {
@@ -90,6 +102,9 @@ func (p *Primary) connect(ctx context.Context) (*primaryLine, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
+	// It lives. If it is taking over now, it says so once it knows how that has ended.
+	p.change(func() { p.asking = true })
+	deadline = time.Now().Add(AnswerTimeout)
 	l := &primaryLine{
 		link: newLink(conn, p.cfg.Generation, &p.life),
 		acks: make(chan wire.Epoch, 1), refused: make(chan string, 1), done: make(chan struct{}),
@@ -111,7 +126,7 @@ func (p *Primary) greet(l *primaryLine, deadline time.Time) error {
 		return fmt.Errorf("%w: %w", errLine, err)
 	}
 	if err := l.send(wire.TypeHello, 0, hello.Append(nil)); err != nil {
-		return fmt.Errorf("%w: %w", errLine, err)
+		return err
 	}
 	f, err := l.handshake(deadline, wire.TypeWelcome)
 	switch {
@@ -144,7 +159,7 @@ func (p *Primary) serve(ctx context.Context, l *primaryLine) error {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { l.conn.Close() })
 	defer stop()
-	wg.Go(func() { l.beat(ctx, p.cfg.Heartbeat.Interval) }) // whoever reads sees what is wrong
+	wg.Go(func() { l.beat(ctx, p.cfg.Heartbeat.beat) }) // whoever reads sees what is wrong
 	err := l.receive(func(f wire.Frame) error { return p.handle(l, f) })
 	l.conn.Close()
 	switch {
@@ -152,6 +167,9 @@ func (p *Primary) serve(ctx context.Context, l *primaryLine) error {
 		return err
 	case closedByPeer(err):
 		return fmt.Errorf("%w: the standby closed it", errLine)
+	}
+	if errors.Is(err, errLine) {
+		return err
 	}
 	return fmt.Errorf("%w: %w", errLine, err)
 }
@@ -167,6 +185,8 @@ func (p *Primary) handle(l *primaryLine, f wire.Frame) error {
 		default:
 			return fmt.Errorf("%w: acknowledgement of epoch %d comes twice", ErrStandbyLost, f.Epoch)
 		}
+	case wire.TypeCompared:
+		return p.compared(f)
 	case wire.TypeResync:
 		reason := printable(f.Payload)
 		p.log.Warn("the standby refuses what it was sent", "epoch", uint64(f.Epoch), "reason", reason)
@@ -187,8 +207,8 @@ func (p *Primary) handle(l *primaryLine, f wire.Frame) error {
 	}
 }
 
-// takenOver says that we know, so that the standby need not stay to tell us: not
-// before it is remembered, should we die before our copy does.
+// takenOver says in just these words that we know, so that the standby need not stay to
+// tell us: not before it is remembered, should we die before our copy does.
 func (p *Primary) takenOver(l *primaryLine) error {
 	if p.cfg.TakenOver != nil {
 		if err := p.cfg.TakenOver(); err != nil {
@@ -201,7 +221,9 @@ func (p *Primary) takenOver(l *primaryLine) error {
 	return ErrTakenOver
 }
 
-// watch decides what silence means.
+// watch decides what silence means. Before it means anything the standby is asked
+// over another connection: it may be that only this one is dead, and it may be that
+// the standby has been told to take over.
 func (p *Primary) watch(ctx context.Context) {
 	for {
 		err := p.life.watch(ctx, p.cfg.Heartbeat.Interval, p.patience)
@@ -209,21 +231,22 @@ func (p *Primary) watch(ctx context.Context) {
 			return
 		}
 		err = fmt.Errorf("%w: %w for %v", ErrStandbyLost, err, p.life.silence().Round(time.Millisecond))
-		over := p.Stats().Epoch == 0 || p.cfg.Automatic || p.cfg.Rejoin == 0
 		var l *primaryLine
+		// Without it at once, or whoever waits would take it for one that is back.
 		p.change(func() {
-			l = p.line
-			if !over {
-				// Without it at once, or await would take it for one that is back.
-				p.alone, p.line = true, nil
-			}
+			l, p.line = p.line, nil
+			p.asking = p.asking || l != nil // until keep has seen its last word
 		})
-		if over {
+		p.hangUp(l)
+		// Before the first commit, too: it may have acknowledged that epoch.
+		if p.answered(ctx) {
+			continue
+		}
+		if p.cfg.Automatic || p.cfg.Rejoin == 0 || p.Stats().Epoch == 0 {
 			p.cancel(err)
-			p.hangUp(l)
 			return
 		}
-		p.hangUp(l)
+		p.change(func() { p.alone = true })
 		if !p.rejoined(ctx) {
 			p.cancel(err)
 			return
@@ -236,6 +259,47 @@ func (p *Primary) hangUp(l *primaryLine) {
 	if l != nil {
 		l.conn.Close()
 	}
+}
+
+// answered returns whether a standby that was silent answers over another connection.
+// It has a part of the time-out to let us in, and who let us in the time that a
+// take-over may last. False, too, if it has answered that it will not go on.
+func (p *Primary) answered(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, AnswerTimeout)
+	defer cancel()
+	soon := time.After(p.cfg.Heartbeat.Timeout / 4)
+	for late := false; ; {
+		p.mu.Lock()
+		l, asking, changed := p.line, p.asking, p.changed
+		p.mu.Unlock()
+		if l != nil {
+			return true
+		}
+		if late && !asking {
+			return false
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-p.kept:
+			return false
+		case <-soon:
+			late = true
+		case <-changed:
+		}
+	}
+}
+
+// reachable tells whether there is something to be learnt about the standby.
+func (p *Primary) reachable() bool {
+	select {
+	case <-p.kept: // its fate
+		return true
+	default:
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.line != nil || p.asking
 }
 
 // rejoined waits for the standby to be back.
@@ -260,20 +324,25 @@ func (p *Primary) rejoined(ctx context.Context) bool {
 }
 
 // tell ends protection at the standby and waits until it has confirmed: only then
-// may held output go, since before that it might still take over. A standby that
-// does not answer is waited for as long as silence is borne. It returns
-// ErrTakenOver if that is the answer.
+// may held output go, since before that it might still take over. One that cannot be
+// reached is waited for as long as silence is borne, one that lives as long as a
+// take-over may last that it is just making. It returns ErrTakenOver if that is the
+// answer.
 func (p *Primary) tell(ctx context.Context, reason string) error {
+	began := time.Now()
 	t := time.NewTimer(max(p.cfg.Heartbeat.Timeout, 5*time.Second))
 	defer t.Stop()
+	var told *primaryLine
 	for {
 		p.mu.Lock()
 		l, changed := p.line, p.changed
 		p.mu.Unlock()
 		if l != nil {
 			// Heartbeats and a write that is stuck are ended by the watch, and so is this.
-			l.send(wire.TypeEnd, 0, []byte(reason))
-			changed = l.done
+			if l != told {
+				l.send(wire.TypeEnd, 0, []byte(reason))
+			}
+			told, changed = l, l.done
 		}
 		select {
 		case <-p.kept:
@@ -282,6 +351,10 @@ func (p *Primary) tell(ctx context.Context, reason string) error {
 		case <-ctx.Done():
 			return nil
 		case <-t.C:
+			if left := AnswerTimeout - time.Since(began); left > 0 && p.reachable() {
+				t.Reset(left)
+				continue
+			}
 			p.log.Warn("the standby did not confirm the end of protection")
 			return nil
 		}

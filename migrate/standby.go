@@ -1,14 +1,16 @@
 package migrate
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
+	"kemari/migrate/core"
 	"kemari/migrate/page"
 	"kemari/migrate/wire"
 )
@@ -26,6 +28,10 @@ type StandbyConfig struct {
 	// Rejoin is how long a primary that has closed its connection may take to come
 	// back before the shadow is dropped; 0 is ten seconds.
 	Rejoin time.Duration
+	// HandedOver remembers, for who cleans up should we be killed, that the primary has
+	// asked us to take over and will go on by itself if it does not hear that we have.
+	// May be nil.
+	HandedOver func() error
 }
 
 // StandbyState is where a Standby stands.
@@ -74,41 +80,54 @@ const slack = 64 << 20 / page.Size
 
 // Standby receives one protection on the standby host.
 //
-// One goroutine accepts connections and each of these has one that handles its
-// frames; only the last connection counts. What Run decides comes to it by the
-// channels failover, end and fatal, and by the watch for silence.
+// What it does is decided by the machine of migrate/core, which Run's goroutine steps:
+// everybody else posts what has happened. Each connection has a goroutine that reads,
+// and waits until what it has read is dealt with, and one that writes. A worker does
+// what touches the copy, in the order in which the machine wants it.
 type Standby struct {
 	cfg    StandbyConfig
 	accept Accept
 	shadow Shadow
 	log    *slog.Logger
-	life   life
-	closed atomic.Bool // the primary has closed the last connection, and there is no other
+	born   time.Time
 
-	// step orders what touches the shadow and what follows: frames being handled,
-	// connections coming and going, and taking over.
-	step      lock
-	line      *standbyLine // the one that counts, or nil
-	session   wire.Session // of the first Hello
-	head      bool         // has come
-	next      wire.Epoch   // being received
+	failover chan string   // reasons to take over that did not come from the primary
+	end      chan string   // reasons to drop the shadow, likewise
+	posts    chan post     // what has happened
+	jobs     chan func()   // for the worker
+	over     chan struct{} // closed when the machine is done
+
+	// Of Run's goroutine.
+	machine *core.Standby
+	round   core.Round
+	lines   map[core.Round]*standbyLine
+	heard   time.Time // the last sign of life
+	cause   error     // of what is being stepped
+	why     error     // why the copy is dropped
+	started Failover
+
+	// Of the worker.
+	head      []byte // what the guest is, once that has come
+	headed    bool   // it has come in what is being received
 	got       wire.EpochEnd
-	refused   bool // what comes of the epoch is ignored until it begins anew
 	broken    bool // the copy is good for nothing
-	dropped   bool // nothing counts any more
 	dec       *page.Decoder
 	staged    staging
 	state     []byte // of the epoch being received
 	committed []byte // state of the last committed epoch
-
-	failover chan string   // reasons to take over that did not come from the primary
-	end      chan string   // reasons to drop the shadow, likewise
-	fatal    chan error    // why protection cannot go on
-	told     chan struct{} // closed when an old primary knows that we took over
-	toldOnce sync.Once
+	check     comparison
 
 	mu    sync.Mutex
 	stats StandbyStats
+}
+
+// post is something that has happened.
+type post struct {
+	core.Event
+	line  *standbyLine
+	frame wire.Frame    // of a line that waits until it is dealt with
+	end   wire.EpochEnd // of an epoch that is whole
+	err   error         // why
 }
 
 // NewStandby prepares to receive a protection over connections from the primary,
@@ -118,13 +137,14 @@ func NewStandby(cfg StandbyConfig, accept Accept, s Shadow, log *slog.Logger) *S
 		cfg.Rejoin = setupTimeout
 	}
 	return &Standby{
-		cfg: cfg, accept: accept, shadow: s, log: log, next: 1,
-		life: life{born: time.Now()}, step: newLock(),
+		cfg: cfg, accept: accept, shadow: s, log: log, born: time.Now(),
 		dec:      page.NewDecoder(cfg.Limit, s.Base),
 		failover: make(chan string, 1),
 		end:      make(chan string, 1),
-		fatal:    make(chan error, 1),
-		told:     make(chan struct{}),
+		posts:    make(chan post, 64),
+		jobs:     make(chan func(), maxJobs),
+		over:     make(chan struct{}),
+		lines:    make(map[core.Round]*standbyLine),
 	}
 }
 
@@ -156,10 +176,7 @@ func (s *Standby) End(reason string) {
 	}
 }
 
-// errTakeOver ends receiving because we take over. Its text is the reason.
-type errTakeOver struct{ reason string }
-
-func (e errTakeOver) Error() string { return e.reason }
+func (s *Standby) now() core.Time { return core.Time(time.Since(s.born)) }
 
 // Run receives epochs until protection ends or this side takes over. It returns
 // nil once the guest runs here and the old primary needs no more telling, or once
@@ -168,89 +185,222 @@ func (e errTakeOver) Error() string { return e.reason }
 func (s *Standby) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { s.End("the standby was stopped") })
 	defer stop()
+	hb := s.cfg.Heartbeat
+	cfg := core.Config{
+		Generation: core.Generation(s.cfg.Generation), Interval: hb.Interval, Timeout: hb.Timeout,
+		Setup: max(hb.Timeout, setupTimeout), GiveUp: s.cfg.Rejoin, Stale: handoverStale,
+	}
+	if s.cfg.Automatic {
+		cfg.Arbitration = core.Automatic
+	}
+	s.machine, s.heard = core.NewStandby(cfg, s.now()), time.Now()
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	s.life.sign()
+	defer close(s.jobs)
+	wg.Go(func() {
+		for job := range s.jobs {
+			job()
+		}
+	})
 	wg.Go(func() { s.listen(work) })
-	silent := make(chan error)
-	wg.Go(func() { s.watch(work, silent) })
 
-	for {
-		var why error
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for s.machine.State() != core.StandbyOver {
+		end, quit := s.end, ctx.Done()
+		if s.machine.State() < core.TakingOver {
+			quit = nil
+		} else if end = nil; s.machine.State() != core.Active {
+			quit = nil
+		}
+		timer.Reset(time.Duration(s.machine.Deadline()) - time.Since(s.born))
 		select {
-		case why = <-s.fatal:
-		case reason := <-s.end:
-			s.drop(reason)
-			return fmt.Errorf("%s", reason)
+		case p := <-s.posts:
+			s.happened(work, p)
+		case reason := <-end:
+			s.step(work, post{Event: core.Event{Kind: core.Stop}, err: errors.New(reason)})
+		case <-quit:
+			s.step(work, post{Event: core.Event{Kind: core.Stop}})
 		case reason := <-s.failover:
-			why = errTakeOver{reason}
-		case err := <-silent:
-			if why = s.silence(err); why == nil {
-				continue // we may not take over, and wait for who may decide
+			s.step(work, post{Event: core.Event{Kind: core.FailOver}, err: errors.New(reason)})
+		case <-timer.C:
+			s.step(work, post{})
+		}
+	}
+	close(s.over)
+	for _, l := range s.lines { // the last words
+		l.hangUp()
+		<-l.quiet
+	}
+	if errors.Is(s.why, ErrEnded) {
+		return nil
+	}
+	return s.why
+}
+
+// post tells Run's goroutine. It reports false once nobody listens any more.
+func (s *Standby) post(p post) bool {
+	select {
+	case s.posts <- p:
+		return true
+	case <-s.over:
+		return false
+	}
+}
+
+// step has the machine decide, and does what it says.
+func (s *Standby) step(ctx context.Context, p post) {
+	was := s.machine.State()
+	s.cause = p.err
+	acts := s.machine.Step(s.now(), p.Event)
+	if is := s.machine.State(); is != was {
+		s.became(was, is)
+	}
+	for _, a := range acts {
+		s.act(ctx, a, p)
+	}
+	if p.Kind == core.Received || p.Kind == core.Done {
+		s.heard = time.Now()
+	}
+}
+
+// became notes another state of the machine.
+func (s *Standby) became(was, is core.StandbyState) {
+	silence := time.Since(s.heard).Round(time.Millisecond)
+	switch is {
+	case core.Silent:
+		s.log.Error("the primary is silent, and nobody may decide that it is dead: waiting to be told", "silence", silence)
+	case core.Ready:
+		if was == core.Silent && s.machine.Connected() {
+			s.log.Info("the primary is back")
+		}
+	case core.TakingOver:
+		reason := "the primary handed the guest over"
+		switch s.machine.Reason() {
+		case core.Silence:
+			reason = fmt.Sprintf("no sign of life from the primary for %v", silence)
+		case core.Asked:
+			reason = s.cause.Error()
+		}
+		s.started = Failover{Reason: reason, At: time.Now(), Detect: time.Since(s.heard)}
+	case core.Active:
+		s.tookOver()
+	case core.Dropping:
+		s.why = s.ends(was, silence)
+	}
+	s.set(func(st *StandbyStats) {
+		st.Silent = is == core.Silent
+		switch is {
+		case core.Receiving:
+			st.State = Copying
+		case core.TakingOver:
+			st.State = TakingOver
+		}
+	})
+}
+
+// ends says why the copy is dropped.
+func (s *Standby) ends(was core.StandbyState, silence time.Duration) error {
+	switch s.machine.Reason() {
+	case core.PeerEnded:
+		return fmt.Errorf("%w: %w", ErrEnded, s.cause)
+	case core.NotTaken:
+		return fmt.Errorf("take over: %w", s.cause)
+	case core.PrimaryLost:
+		switch {
+		case s.cause != nil:
+			return fmt.Errorf("%w: %w", ErrPrimaryLost, s.cause)
+		case was == core.Ready:
+			return fmt.Errorf("%w: its replicator closed the connection; the guest runs on there, unprotected", ErrPrimaryLost)
+		}
+		return fmt.Errorf("%w: %w for %v, before the first copy was complete", ErrPrimaryLost, errSilent, silence)
+	}
+	return s.cause
+}
+
+// act does one action of the machine, or has the worker do it.
+func (s *Standby) act(ctx context.Context, a core.Action, p post) {
+	switch a.Kind {
+	case core.Send:
+		if l := s.lines[a.Round]; l != nil {
+			s.say(l, a.Message, p)
+		}
+	case core.Close:
+		if l := s.lines[a.Round]; l != nil {
+			s.leave(l)
+		}
+	case core.Stage:
+		p.line.busy = true // it waits for the worker
+		s.jobs <- func() { s.stage(p.line, p.frame, a.Direct) }
+	case core.Compare:
+		p.line.busy = true
+		s.jobs <- func() { s.compared(p.line, p.frame) }
+	case core.Unstage:
+		s.jobs <- s.restart
+	case core.Commit:
+		s.commit(wire.Epoch(a.Epoch), p.end)
+		s.jobs <- func() { s.committed, s.state, s.got = s.state, s.committed[:0], wire.EpochEnd{} }
+	case core.Apply:
+		s.jobs <- func() {
+			if err := s.apply(); err != nil {
+				s.post(post{Event: core.Event{Kind: core.Failure}, err: fmt.Errorf("apply epoch %d: %w", a.Epoch, err)})
 			}
+			s.post(post{Event: core.Event{Kind: core.Done}})
 		}
-		var over errTakeOver
-		if errors.As(why, &over) {
-			if err := s.takeOver(work, over.reason); err != nil {
-				return err
+	case core.TakeOver:
+		s.jobs <- func() { s.takeOver(ctx, a.Reason == core.HandedOver) }
+	case core.DropCopy:
+		s.jobs <- func() {
+			if err := s.shadow.Close(); err != nil {
+				s.log.Error("the shadow could not be removed", "err", err)
 			}
-			s.linger(ctx)
-			return nil
-		}
-		s.drop(why.Error())
-		if errors.Is(why, ErrEnded) {
-			return nil
-		}
-		return why
-	}
-}
-
-// watch says when the primary has been silent for too long, time and again.
-func (s *Standby) watch(ctx context.Context, silent chan<- error) {
-	for {
-		err := s.life.watch(ctx, s.cfg.Heartbeat.Interval, s.patience)
-		if err == nil {
-			return
-		}
-		select {
-		case silent <- err:
-		case <-ctx.Done():
-			return
+			s.post(post{Event: core.Event{Kind: core.CopyDropped}})
 		}
 	}
 }
 
-func (s *Standby) patience() time.Duration {
-	switch {
-	case s.Stats().State < Ready:
-		return max(s.cfg.Heartbeat.Timeout, setupTimeout)
-	case s.closed.Load():
-		return max(s.cfg.Heartbeat.Timeout, s.cfg.Rejoin)
+// say puts a message of the machine's into a frame.
+func (s *Standby) say(l *standbyLine, m core.Message, p post) {
+	reason := func() string {
+		if p.err != nil {
+			return p.err.Error()
+		}
+		return fmt.Sprintf("%s: %v", describe(p.frame), m.Reason)
 	}
-	return s.cfg.Heartbeat.Timeout
-}
-
-// silence decides what silence means. Nil means to go on waiting.
-func (s *Standby) silence(err error) error {
-	d := s.life.silence().Round(time.Millisecond)
-	st := s.Stats()
-	switch {
-	case st.State < Ready:
-		return fmt.Errorf("%w: %w for %v, before the first copy was complete", ErrPrimaryLost, err, d)
-	case s.closed.Load():
-		// A host that lost its power closes nothing. The kernel of one whose replicator
-		// was killed does, and its guest runs on.
-		return fmt.Errorf("%w: its replicator closed the connection; the guest runs on there, unprotected", ErrPrimaryLost)
-	case s.cfg.Automatic:
-		return errTakeOver{fmt.Sprintf("no sign of life from the primary for %v", d)}
+	f := wire.Frame{Epoch: wire.Epoch(m.Epoch)}
+	switch m.Type {
+	case core.Welcome:
+		copying := m.Epoch == 0
+		s.jobs <- func() {
+			s.restart()
+			s.headed = !copying // or else the first copy begins anew, into what there is of it
+		}
+		f = wire.Frame{Type: wire.TypeWelcome, Payload: wire.Welcome{Version: l.version, Committed: wire.Epoch(m.Epoch)}.Append(nil)}
+	case core.Ack:
+		// Of the worker, which has the epoch to apply next, and loses no time to others
+		// before it. If it cannot be sent, the next connection begins with saying so.
+		s.jobs <- func() { l.answer(wire.Frame{Type: wire.TypeAck, Epoch: f.Epoch}) }
+		return
+	case core.Heartbeat:
+		f.Type = wire.TypeHeartbeat
+	case core.Over:
+		f.Type = wire.TypeTakenOver
+	case core.Resync:
+		f.Type, f.Payload = wire.TypeResync, bounded(reason())
+		s.log.Warn("epoch refused", "epoch", uint64(m.Epoch), "err", reason())
+		s.set(func(st *StandbyStats) { st.Refused++ })
+	case core.Refuse: // the primary cannot know what was wrong with what it sent
+		f.Type, f.Payload = wire.TypeResync, bounded(reason())
+		s.log.Warn("no connection to the primary; waiting for another", "err", reason())
+	case core.Ended:
+		f.Type = wire.TypeEnd
+		if f.Payload = bounded(s.why.Error()); s.started.At.IsZero() {
+			f.Payload = bounded(strings.TrimPrefix(s.why.Error(), ErrEnded.Error()+": "))
+		}
 	}
-	if !st.Silent {
-		s.log.Error("the primary is silent, and nobody may decide that it is dead: waiting to be told", "silence", d)
-		s.set(func(st *StandbyStats) { st.Silent = true })
-	}
-	return nil
+	l.say(f)
 }
 
 func (s *Standby) set(f func(*StandbyStats)) {
@@ -259,84 +409,27 @@ func (s *Standby) set(f func(*StandbyStats)) {
 	f(&s.stats)
 }
 
-// fail has Run end protection with err, and returns what ends receiving.
-func (s *Standby) fail(err error) error {
-	select {
-	case s.fatal <- err:
-	default: // something has come first
-	}
-	return errStop
-}
-
-// handle takes one frame from the primary, step being held. It returns an error
-// where the connection cannot be used any further, and errStop where nothing can.
-func (s *Standby) handle(l *standbyLine, f wire.Frame) error {
-	st := s.Stats()
-	if s.dropped {
-		return nil
-	}
-	if st.State >= TakingOver {
-		if f.Type == wire.TypeEnd {
-			s.toldOnce.Do(func() { close(s.told) })
-			return nil
-		}
-		// It lives after all. It must know that its copy is no longer the guest. If that
-		// cannot be said, what it says may still be read.
-		l.send(wire.TypeTakenOver, 0, nil)
-		return nil
-	}
-	if st.Silent {
-		s.log.Info("the primary is back")
-		s.set(func(st *StandbyStats) { st.Silent = false })
-	}
-	switch f.Type {
-	case wire.TypeHeartbeat:
-		return nil
-	case wire.TypeEnd:
-		return s.fail(fmt.Errorf("%w: %s", ErrEnded, printable(f.Payload)))
-	case wire.TypeRestart:
-		if f.Epoch == s.next && st.State == Ready {
-			s.restart()
-			return nil
-		}
-	case wire.TypeHead, wire.TypePages, wire.TypeState, wire.TypeEpochEnd:
-		if s.refused {
-			return nil
-		}
-		if err := s.receive(f, st.State == Copying); err != nil {
-			return s.refuse(l, err)
-		}
-		if f.Type == wire.TypeEpochEnd {
-			return s.commit(l)
-		}
-		return nil
-	}
-	return fmt.Errorf("%w: %v of epoch %d from a primary", wire.ErrFormat, f.Type, f.Epoch)
-}
-
-// restart drops what has come of an epoch.
-func (s *Standby) restart() {
-	s.refused, s.got, s.state = false, wire.EpochEnd{}, s.state[:0]
-	s.staged.reset()
-}
-
 // errBroken: the copy itself is broken, and no epoch can mend it.
 var errBroken = errors.New("the copy is lost")
 
 // receive takes a frame of an epoch. An error refuses the epoch.
 func (s *Standby) receive(f wire.Frame, copying bool) error {
-	if f.Epoch != s.next {
-		return fmt.Errorf("%v of epoch %d, while epoch %d is due", f.Type, f.Epoch, s.next)
-	}
 	if f.Type == wire.TypeHead {
-		if s.head || f.Epoch != 1 {
+		if s.headed || f.Epoch != 1 {
 			return errors.New("a head in the middle")
 		}
-		s.head = true
+		s.headed = true
 		s.got.Add(f)
-		return s.shadow.Head(f.Payload)
+		if s.head == nil {
+			s.head = append([]byte{}, f.Payload...)
+			return s.shadow.Head(f.Payload)
+		}
+		if !bytes.Equal(s.head, f.Payload) {
+			return errors.New("another head than that of the copy that was begun")
+		}
+		return nil
 	}
-	if !s.head {
+	if !s.headed {
 		return fmt.Errorf("%v before the head", f.Type)
 	}
 	switch f.Type {
@@ -389,6 +482,44 @@ func (s *Standby) apply() error {
 	return nil
 }
 
+// stage deals with a frame of an epoch, which is in its reader's buffer.
+func (s *Standby) stage(l *standbyLine, f wire.Frame, direct bool) {
+	err := s.receive(f, direct)
+	switch {
+	case err == nil && f.Type == wire.TypeEpochEnd:
+		m := core.Message{Type: core.EpochEnd, Generation: core.Generation(s.cfg.Generation), Round: l.round, Epoch: core.Epoch(f.Epoch)}
+		s.post(post{Event: core.Event{Kind: core.Received, Message: m}, line: l, end: s.got})
+	case err == nil:
+	case errors.Is(err, errBroken) || errors.Is(err, ErrShadowLost):
+		s.post(post{Event: core.Event{Kind: core.Failure}, err: fmt.Errorf("epoch %d: %w", f.Epoch, err)})
+	case direct:
+		// The first epoch cannot be sent anew: its pages are in the copy already.
+		s.post(post{Event: core.Event{Kind: core.Failure}, line: l, err: fmt.Errorf("epoch %d: %w", f.Epoch, err)})
+	default:
+		s.post(post{Event: core.Event{Kind: core.Bad, Round: l.round}, line: l, err: err})
+	}
+	s.post(post{Event: core.Event{Kind: core.Done}})
+	l.handled <- struct{}{}
+}
+
+// compared deals with a part of a check.
+func (s *Standby) compared(l *standbyLine, f wire.Frame) {
+	switch err := s.compare(l, f); {
+	case errors.Is(err, wire.ErrFormat):
+		s.post(l.unfit(err))
+	case err != nil && !errors.Is(err, errLine):
+		s.post(post{Event: core.Event{Kind: core.Failure}, err: err})
+	}
+	s.post(post{Event: core.Event{Kind: core.Done}})
+	l.handled <- struct{}{}
+}
+
+// restart drops what has come of an epoch.
+func (s *Standby) restart() {
+	s.got, s.state = wire.EpochEnd{}, s.state[:0]
+	s.staged.reset()
+}
+
 // whole says whether the epoch is, and one that the copy could run from.
 func (s *Standby) whole(f wire.Frame, copying bool) error {
 	want, err := wire.ParseEpochEnd(f.Payload)
@@ -408,30 +539,9 @@ func (s *Standby) whole(f wire.Frame, copying bool) error {
 	return nil
 }
 
-// refuse asks for the epoch to be sent anew. The first one cannot be: its pages
-// are in the copy already.
-func (s *Standby) refuse(l *standbyLine, why error) error {
-	if s.Stats().State < Ready || errors.Is(why, errBroken) || errors.Is(why, ErrShadowLost) {
-		return s.fail(fmt.Errorf("epoch %d: %w", s.next, why))
-	}
-	s.log.Warn("epoch refused", "epoch", uint64(s.next), "err", why)
-	s.set(func(st *StandbyStats) { st.Refused++ })
-	s.restart()
-	s.refused = true
-	return l.send(wire.TypeResync, s.next, failure(why))
-}
-
-// failure is what is said of an error to the other side.
-func failure(err error) []byte {
-	b := []byte(err.Error())
-	return b[:min(len(b), maxReason)]
-}
-
-// commit acknowledges the epoch, which is whole, and brings it into the shadow.
-func (s *Standby) commit(l *standbyLine) error {
-	epoch, got := s.next, s.got
-	s.committed, s.state = s.state, s.committed[:0]
-	// Before the acknowledgement leaves, so that a take-over right behind it knows.
+// commit counts an epoch, before the acknowledgement leaves, so that a take-over right
+// behind it knows.
+func (s *Standby) commit(epoch wire.Epoch, got wire.EpochEnd) {
 	s.set(func(st *StandbyStats) {
 		if st.State == Copying {
 			s.log.Info("ready to take over", "bytes", got.Bytes)
@@ -439,85 +549,37 @@ func (s *Standby) commit(l *standbyLine) error {
 		st.State, st.Epoch, st.LastBytes, st.LastPages = Ready, epoch, int64(got.Bytes), int64(got.Pages)
 		st.Bytes += int64(got.Bytes)
 	})
-	s.next, s.got = epoch+1, wire.EpochEnd{}
-	// If it cannot be sent, the next connection begins with saying so.
-	sent := l.send(wire.TypeAck, epoch, nil)
-	if err := s.apply(); err != nil {
-		return s.fail(fmt.Errorf("apply epoch %d: %w", epoch, err))
-	}
-	return sent
 }
 
-// takeOver lets the shadow run. From here on no frame of the primary's counts.
-func (s *Standby) takeOver(ctx context.Context, reason string) error {
-	silence := s.life.silence()
-	s.step.Lock()
-	defer s.step.Unlock()
-	f := &Failover{Reason: reason, At: time.Now(), Detect: silence}
-	s.set(func(st *StandbyStats) { st.State = TakingOver })
-	// What is under way of the next epoch does not count.
-	s.restart()
+// takeOver lets the shadow run.
+func (s *Standby) takeOver(ctx context.Context, asked bool) {
 	err := errBroken
 	if !s.broken {
-		err = s.shadow.TakeOver(ctx, s.committed)
+		err = nil
+		if asked && s.cfg.HandedOver != nil {
+			err = s.cfg.HandedOver()
+		}
+		if err == nil {
+			ctx, cancel := context.WithTimeoutCause(ctx, takeOverTimeout, fmt.Errorf("not done within %v", takeOverTimeout))
+			err = s.shadow.TakeOver(ctx, s.committed)
+			cancel()
+		}
 	}
 	if err != nil {
-		// A primary that lives has heard nothing yet, and goes on.
-		s.dropped = true
-		s.shadow.Close()
-		err = fmt.Errorf("take over: %w", err)
-		if l := s.line; l != nil {
-			l.send(wire.TypeEnd, 0, failure(err))
-		}
-		return err
-	}
-	if l := s.line; l != nil {
-		// Best effort, and not waited for: a primary that lives ends its copy, and its
-		// output was held, since nothing has been acknowledged meanwhile.
-		go l.send(wire.TypeTakenOver, 0, nil)
-	}
-	f.Takeover = time.Since(f.At)
-	s.set(func(st *StandbyStats) { st.State, st.Failover, st.Silent = Active, f, false })
-	s.log.Info("taken over", "epoch", uint64(s.next-1), "reason", reason, "detect", f.Detect, "takeover", f.Takeover)
-	return nil
-}
-
-// lingerFor bounds how long an old primary can come back and be told.
-const lingerFor = time.Hour
-
-// linger stays on the line for a primary that was not dead but frozen or cut off:
-// it is told that its copy is no longer the guest, over this connection or another
-// one. It ends when the primary has said that it knows.
-func (s *Standby) linger(ctx context.Context) {
-	t := time.NewTimer(lingerFor)
-	defer t.Stop()
-	select {
-	case <-s.told:
-	case <-ctx.Done():
-	case <-t.C:
-	}
-}
-
-// farewell bounds how long a primary may take to hear that it has ended.
-const farewell = time.Second
-
-// drop ends protection from this side: no shadow, and the primary is told.
-func (s *Standby) drop(reason string) {
-	s.step.Lock()
-	s.dropped = true
-	if err := s.shadow.Close(); err != nil {
-		s.log.Error("the shadow could not be removed", "err", err)
-	}
-	l := s.line
-	s.step.Unlock()
-	// After Close: the primary lets its output go on this frame.
-	if l == nil || l.send(wire.TypeEnd, 0, []byte(reason)) != nil {
+		s.post(post{Event: core.Event{Kind: core.TakeOverFailed, Unsure: errors.Is(err, ErrMayRun)}, err: err})
 		return
 	}
-	t := time.NewTimer(farewell)
-	defer t.Stop()
-	select {
-	case <-l.gone:
-	case <-t.C:
-	}
+	s.post(post{Event: core.Event{Kind: core.TookOver}})
 }
+
+// tookOver notes that the guest runs here.
+func (s *Standby) tookOver() {
+	f := s.started
+	f.Takeover = time.Since(f.At)
+	s.set(func(st *StandbyStats) { st.State, st.Failover = Active, &f })
+	s.log.Info("taken over", "epoch", uint64(s.machine.Committed()), "reason", f.Reason, "detect", f.Detect, "takeover", f.Takeover)
+}
+
+// bounded is what is said of a reason to the other side, and failure of an error.
+func bounded(reason string) []byte { return []byte(reason[:min(len(reason), maxReason)]) }
+func failure(err error) []byte     { return bounded(err.Error()) }

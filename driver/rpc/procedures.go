@@ -61,6 +61,8 @@ const (
 	ProcDomainMigratePrepare3Params       Procedure = 303
 	ProcDomainMigratePrepareTunnel3Params Procedure = 304
 	ProcDomainMigratePerform3Params       Procedure = 305
+	ProcDomainMigrateFinish3Params        Procedure = 306
+	ProcDomainMigrateConfirm3Params       Procedure = 307
 	ProcDomainCoreDumpWithFormat          Procedure = 334
 	ProcConnectGetDomainCapabilities      Procedure = 342
 	ProcDomainOpenGraphicsFD              Procedure = 343
@@ -91,6 +93,8 @@ const ConnectRO = 1 << 0
 const (
 	MigrateLive             = 1 << 0
 	MigratePeer2Peer        = 1 << 1
+	MigratePersistDest      = 1 << 3
+	MigrateUndefineSource   = 1 << 4
 	MigrateChangeProtection = 1 << 8
 	MigrateUnsafe           = 1 << 9
 	MigrateAbortOnError     = 1 << 12

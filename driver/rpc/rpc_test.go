@@ -70,6 +70,11 @@ var codecs = []codec{
 		&MigratePerformArgs{Domain: g1, URI: ptr("kemari+ssh://xen2/system"), Params: allParams, Cookie: []byte("c"), Flags: MigrateKemari},
 	}},
 	{"begin", wrap(DecodeMigrateBeginArgs), msgs{&MigrateBeginArgs{Domain: g1, Params: allParams[:2], Flags: 3}}},
+	{"begun", wrap(DecodeMigrateBeginRet), msgs{&MigrateBeginRet{Cookie: []byte{}, XML: ""}, &MigrateBeginRet{Cookie: []byte("c"), XML: "<x/>"}}},
+	{"prepare", wrap(DecodeMigratePrepareArgs), msgs{&MigratePrepareArgs{Params: allParams, Cookie: []byte("c"), Flags: 1}}},
+	{"prepared", wrap(DecodeMigratePrepareRet), msgs{&MigratePrepareRet{Cookie: []byte{}}, &MigratePrepareRet{Cookie: []byte("c"), URI: ptr("tcp://x")}}},
+	{"finish", wrap(DecodeMigrateFinishArgs), msgs{&MigrateFinishArgs{Params: []TypedParam{}, Cookie: []byte("c"), Flags: 1, Cancelled: -1}}},
+	{"finished", wrap(DecodeMigrateFinishRet), msgs{&MigrateFinishRet{Domain: g1, Cookie: []byte("c")}}},
 	{"begin3", wrap(DecodeMigrateBegin3Args), msgs{&MigrateBegin3Args{Domain: g1, XML: ptr("<x/>"), Flags: 1 << 40, Resource: 9}}},
 	{"event register", wrap(DecodeEventRegisterArgs), msgs{
 		&EventRegisterArgs{Event: EventJobCompleted},

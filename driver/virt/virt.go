@@ -169,6 +169,14 @@ func (c *Conn) Protect(uuid string, p Protection) error {
 	})
 }
 
+// Switchover migrates a protected domain to its standby, of that URI, and returns once
+// it runs there.
+func (c *Conn) Switchover(uuid, uri string) error {
+	return c.with(uuid, func(d *libvirt.Domain) error {
+		return d.MigrateToURI3(uri, &libvirt.DomainMigrateParameters{}, libvirt.MIGRATE_PEER2PEER|libvirt.MIGRATE_LIVE)
+	})
+}
+
 // Abort ends the domain's job, which its protection is.
 func (c *Conn) Abort(uuid string) error {
 	return c.with(uuid, (*libvirt.Domain).AbortJob)

@@ -51,14 +51,11 @@ type PrimaryConfig struct {
 	StandbyURI  string `json:"standby_uri"`
 	StandbyAddr string `json:"standby_addr"` // host:port of the standby's data socket
 
-	Trigger       string        `json:"trigger"` // "output" or "interval"
-	CheckpointMin time.Duration `json:"checkpoint_min"`
-	CheckpointMax time.Duration `json:"checkpoint_max"`
-	Heartbeat     Heartbeat     `json:"heartbeat"`
-	Arbiter       Arbiter       `json:"arbiter"`
+	Checkpoint Checkpoint `json:"checkpoint"`
+	Heartbeat  Heartbeat  `json:"heartbeat"`
+	Arbiter    Arbiter    `json:"arbiter"`
 
-	Identity        Identity `json:"identity"`
-	PeerFingerprint string   `json:"peer_fingerprint"`
+	Channel Channel `json:"channel"`
 }
 
 // StandbyConfig is what kemari-standby is told.
@@ -72,8 +69,7 @@ type StandbyConfig struct {
 	Heartbeat   Heartbeat `json:"heartbeat"`
 	Arbiter     Arbiter   `json:"arbiter"`
 
-	Identity        Identity `json:"identity"`
-	PeerFingerprint string   `json:"peer_fingerprint"`
+	Channel Channel `json:"channel"`
 }
 
 // WriteConfig makes the folder and replaces config.json in one step, readable by

@@ -18,7 +18,7 @@ import (
 	"time"
 )
 
-// Identity is a self-signed certificate made for one side of one protection. Its
+// Identity is a certificate that one side of one protection shows, and its key. Its
 // fingerprint travels to the peer over the ssh-authenticated control connection,
 // and the data connection accepts nothing else.
 type Identity struct {
@@ -26,7 +26,7 @@ type Identity struct {
 	Key  string `json:"key"`  // PEM; secret
 }
 
-// NewIdentity makes a certificate and its key. Name is for people who look at a
+// NewIdentity makes a self-signed certificate and its key. Name is for people who look at a
 // capture; nothing checks it, nor the dates: the fingerprint is what counts.
 func NewIdentity(name string) (Identity, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -59,11 +59,11 @@ func NewIdentity(name string) (Identity, error) {
 
 // Fingerprint is the SHA-256 of the certificate, in hexadecimal.
 func (id Identity) Fingerprint() (string, error) {
-	b, _ := pem.Decode([]byte(id.Cert))
-	if b == nil {
-		return "", errors.New("no certificate in the identity")
+	der, err := leaf(id.Cert)
+	if err != nil {
+		return "", err
 	}
-	return fingerprint(b.Bytes), nil
+	return fingerprint(der), nil
 }
 
 func fingerprint(der []byte) string {
@@ -90,8 +90,8 @@ func (id Identity) TLS(peer string) (*tls.Config, error) {
 		InsecureSkipVerify:     true, //nolint:gosec // pinned in VerifyConnection
 		SessionTicketsDisabled: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			if len(cs.PeerCertificates) != 1 {
-				return fmt.Errorf("peer showed %d certificates, want 1", len(cs.PeerCertificates))
+			if len(cs.PeerCertificates) == 0 {
+				return errors.New("peer showed no certificate")
 			}
 			got := fingerprint(cs.PeerCertificates[0].Raw)
 			if subtle.ConstantTimeCompare([]byte(got), []byte(peer)) != 1 {

@@ -23,16 +23,20 @@ const (
 	OpStatus   Op = "status"   // answer with the Status
 	OpAbort    Op = "abort"    // end protection; answered once it has ended on both sides
 	OpFailover Op = "failover" // standby: take over now; answered once the guest runs here
+	OpVerify   Op = "verify"   // primary: compare the standby's memory with the guest's; the answer is Status.Verified
+	// primary: hand the guest over to the standby; answered once it runs there
+	OpSwitchover Op = "switchover"
 
 	// primary: take checkpoints as Request.Checkpoint says from now on
 	OpCheckpoint Op = "checkpoint"
 )
 
-// Checkpoint is when checkpoints are taken, as in PrimaryConfig.
+// Checkpoint is when checkpoints are taken.
 type Checkpoint struct {
-	Trigger string        `json:"trigger"`
+	Trigger string        `json:"trigger"` // "output" or "interval"
 	Min     time.Duration `json:"min"`
 	Max     time.Duration `json:"max"`
+	Paused  int           `json:"paused"` // percent of its time that the guest stands still at most
 }
 
 // Request is one line from a client.

@@ -13,8 +13,8 @@ const (
 // Phase is where a protection stands, seen from one side.
 //
 //	primary:  starting ──► copying ──► protected ──► ending ──► ended
-//	                                     ▲   ▼
-//	                                     alone
+//	                                     ▲   ▼  ▲
+//	                                     alone  └► switching-over ──► ended
 //	standby:  starting ──► waiting ──► copying ──► ready ──► ended
 //	                                                └──► taking-over ──► active
 //
@@ -22,16 +22,17 @@ const (
 type Phase string
 
 const (
-	Starting   Phase = "starting"    // checking, opening what it needs
-	Waiting    Phase = "waiting"     // standby: listening for its primary
-	Copying    Phase = "copying"     // the first whole copy is under way; not protected yet
-	Protected  Phase = "protected"   // primary: the standby has at least one epoch
-	Alone      Phase = "alone"       // primary: the standby is silent and looked for; not protected
-	Ready      Phase = "ready"       // standby: has at least one epoch and could take over
-	TakingOver Phase = "taking-over" // standby: failover is under way
-	Active     Phase = "active"      // standby: took over, the guest runs here now
-	Ending     Phase = "ending"      // protection is being taken down
-	Ended      Phase = "ended"       // no protection; the process is gone or going
+	Starting   Phase = "starting"       // checking, opening what it needs
+	Waiting    Phase = "waiting"        // standby: listening for its primary
+	Copying    Phase = "copying"        // the first whole copy is under way; not protected yet
+	Protected  Phase = "protected"      // primary: the standby has at least one epoch
+	Alone      Phase = "alone"          // primary: the standby is silent and looked for; not protected
+	Switching  Phase = "switching-over" // primary: the guest stands, to be handed over to the standby
+	Ready      Phase = "ready"          // standby: has at least one epoch and could take over
+	TakingOver Phase = "taking-over"    // standby: failover is under way
+	Active     Phase = "active"         // standby: took over, the guest runs here now
+	Ending     Phase = "ending"         // protection is being taken down
+	Ended      Phase = "ended"          // no protection; the process is gone or going
 )
 
 // Status is everything one can ask about one side of one protection. Durations
@@ -79,7 +80,39 @@ type Status struct {
 	Reconnects int64 `json:"reconnects"` // connections that replaced one that broke
 	Resyncs    int64 `json:"resyncs"`    // epochs that the standby refused and was sent again
 
+	// primary: where the guest runs now, if it was handed over to the standby
+	SwitchedOver string `json:"switched_over,omitempty"`
+
 	Failover *Failover `json:"failover,omitempty"` // standby: what happened at take-over
+	Verified *Verified `json:"verified,omitempty"` // primary: the last comparison of both sides' memory
+}
+
+// Verified is a comparison of the standby's memory with the guest's, page by page.
+// Pages are named as 0x1f, the first 64 of each kind.
+type Verified struct {
+	At    time.Time `json:"at"`
+	Epoch uint64    `json:"epoch"`
+	Pause int64     `json:"pause_us"` // of the guest, for it
+
+	Pages     int64    `json:"pages"`   // compared
+	Differ    int64    `json:"differ"`  // of them, but for those that are shared
+	Missing   int64    `json:"missing"` // of all that differ, those that the standby has nothing of
+	Differing []string `json:"differing,omitempty"`
+
+	// Pages that differ and that others than the guest write to at any time, such as
+	// the rings of its devices: no fault.
+	Shared      int64        `json:"shared_differ"`
+	SharedPages []SharedPage `json:"shared_differing,omitempty"`
+
+	Moved  int64  `json:"written_meanwhile"` // by others while the guest stood; compared as they were captured
+	Unread int64  `json:"unread"`            // pages left out, since they could not be read
+	Note   string `json:"note,omitempty"`    // what is not known, in a sentence
+}
+
+// SharedPage is a page, and with whom the guest shares it.
+type SharedPage struct {
+	Page string `json:"page"`
+	By   string `json:"by"`
 }
 
 // Failover is a take-over in its parts, in microseconds.

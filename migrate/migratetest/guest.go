@@ -72,8 +72,8 @@ type Guest struct {
 	Points *Points
 
 	// What a checkpoint takes, and how many pages the guest changes between two.
-	Suspend, Copy, Resume time.Duration
-	Dirty                 int
+	Suspend, Copy, Resuming time.Duration
+	Dirty                   int
 
 	run       baton // who has it runs or is captured
 	rand      *rand.Rand
@@ -82,9 +82,14 @@ type Guest struct {
 	count     uint64
 	rounds    int
 	confused  Confusion
+	shared    map[page.PFN]string
+	others    func()
+	unsummed  error
 	begun     bool
+	held      bool // left standing, the baton not given back
 	err       error
 	destroyed atomic.Bool
+	ended     atomic.Bool
 	closed    bool
 	batch     migrate.Pages
 }
@@ -92,13 +97,29 @@ type Guest struct {
 // NewGuest returns a guest of so many pages, all of which have content.
 func NewGuest(pages int, seed uint64) *Guest {
 	g := &Guest{
-		Suspend: 3 * time.Millisecond, Copy: time.Millisecond, Resume: time.Millisecond, Dirty: 8,
+		Suspend: 3 * time.Millisecond, Copy: time.Millisecond, Resuming: time.Millisecond, Dirty: 8,
 		run: make(baton, 1), rand: rand.New(rand.NewPCG(seed, 1)), mem: make([]byte, pages*page.Size), dirty: make(map[int]bool),
 	}
 	for i := range pages {
 		g.write(i)
 	}
 	return g
+}
+
+// PFN is that of its i-th page.
+func (g *Guest) PFN(i int) page.PFN { return g.pfn(i) }
+
+// Quiet has it change no page any more by itself; Touch changes one.
+func (g *Guest) Quiet() { g.Changes(0) }
+
+// Changes sets Dirty while the guest runs.
+func (g *Guest) Changes(pages int) { g.run.take(); defer g.run.give(); g.Dirty = pages }
+
+func (g *Guest) Touch(i int) {
+	g.run.take()
+	defer g.run.give()
+	g.page(i)[5]++
+	g.dirty[i] = true
 }
 
 func (g *Guest) pfn(i int) page.PFN {
@@ -151,7 +172,11 @@ func (g *Guest) Fail(err error) {
 	g.run.take()
 	defer g.run.give()
 	g.err = err
+	g.ended.Store(errors.Is(err, migrate.ErrGuestGone))
 }
+
+// Ended implements migrate.Guest.
+func (g *Guest) Ended() bool { return g.ended.Load() }
 
 // Confusion is what can become of the log of changed pages.
 type Confusion int
@@ -238,6 +263,14 @@ func (g *Guest) Round(ctx context.Context, send func(*migrate.Pages) error) (int
 	return len(all.PFNs), nil
 }
 
+// Again implements migrate.Guest.
+func (g *Guest) Again() error {
+	g.run.take()
+	defer g.run.give()
+	g.rounds = 0
+	return nil
+}
+
 // Checkpoint implements migrate.Guest.
 func (g *Guest) Checkpoint(ctx context.Context, seal func() error, c *migrate.Capture) error {
 	g.Points.Hit("guest: asked to suspend")
@@ -248,7 +281,11 @@ func (g *Guest) Checkpoint(ctx context.Context, seal func() error, c *migrate.Ca
 	case <-time.After(g.Suspend):
 	}
 	g.run.take()
-	defer g.run.give()
+	defer func() {
+		if !g.held {
+			g.run.give()
+		}
+	}()
 	if g.err != nil {
 		return g.err
 	}
@@ -275,21 +312,86 @@ func (g *Guest) Checkpoint(ctx context.Context, seal func() error, c *migrate.Ca
 	c.State = s.Append(c.State[:0])
 	time.Sleep(g.Copy)
 	g.Points.Hit("guest: captured")
-	c.Suspend, c.Copy, c.Resume = g.Suspend, g.Copy, g.Resume
-	time.Sleep(g.Resume)
+	c.Suspend, c.Copy, c.Resume, c.SumsTook = g.Suspend, g.Copy, g.Resuming, 0
+	if c.Sums != nil {
+		g.sums(c.Sums)
+		time.Sleep(SumsTake)
+		c.SumsTook = SumsTake
+		c.Copy += SumsTake
+	}
+	if c.Hold {
+		g.held, c.Resume = true, 0
+		g.Points.Hit("guest: held")
+		return nil
+	}
+	time.Sleep(g.Resuming)
 	g.Points.Hit("guest: resumed")
 	return nil
 }
+
+// Resume implements migrate.Guest.
+func (g *Guest) Resume() error {
+	if !g.let() {
+		return errors.New("resumed while it runs")
+	}
+	return nil
+}
+
+// let lets it run if it was left standing.
+func (g *Guest) let() bool {
+	if !g.held {
+		return false
+	}
+	g.held = false
+	g.Points.Hit("guest: goes on")
+	g.run.give()
+	return true
+}
+
+// SumsTake is how long a checkpoint with sums takes more.
+const SumsTake = 300 * time.Millisecond
+
+func (g *Guest) sums(s *migrate.Sums) {
+	g.Points.Hit("guest: summed")
+	s.Reset()
+	s.Shared, s.Err = g.shared, g.unsummed
+	if g.others != nil {
+		g.others()
+	}
+	for i := range len(g.mem) / page.Size {
+		s.Add(g.pfn(i), g.page(i))
+	}
+}
+
+// Share names pages of the guest, by their order, that others write to; what f does is
+// done while the guest stands, after it was captured. Both are for sums alone: what
+// others write is not noted.
+func (g *Guest) Share(pages map[int]string, f func(write func(i int))) {
+	g.run.take()
+	defer g.run.give()
+	g.shared, g.others = make(map[page.PFN]string), nil
+	for i, by := range pages {
+		g.shared[g.pfn(i)] = by
+	}
+	if f != nil {
+		g.others = func() { f(func(i int) { g.page(i)[9] ^= 0xff }) }
+	}
+}
+
+// Unsummed makes sums fail.
+func (g *Guest) Unsummed(err error) { g.run.take(); defer g.run.give(); g.unsummed = err }
 
 // Destroy implements migrate.Guest.
 func (g *Guest) Destroy(context.Context) error {
 	g.Points.Hit("guest: destroy")
 	g.destroyed.Store(true)
+	g.let() // nobody hears it any more
 	return nil
 }
 
 // Close implements migrate.Guest.
 func (g *Guest) Close() error {
+	g.let()
 	g.run.take()
 	defer g.run.give()
 	g.closed = true
@@ -310,6 +412,7 @@ type Output struct {
 	notice   chan struct{}
 	released []uint64
 	closed   bool
+	broken   error       // what Seal and Release end with
 	gone     func() bool // the guest has been destroyed: nothing of it comes through
 }
 
@@ -350,6 +453,10 @@ func (o *Output) Released() []uint64 {
 // Closed tells whether it was closed.
 func (o *Output) Closed() bool { o.mu.Lock(); defer o.mu.Unlock(); return o.closed }
 
+// Break makes Seal and Release fail from now on, though they do their work, as where an
+// interface has gone.
+func (o *Output) Break(err error) { o.mu.Lock(); defer o.mu.Unlock(); o.broken = err }
+
 // Trim forgets what has left.
 func (o *Output) Trim() { o.mu.Lock(); defer o.mu.Unlock(); o.released = o.released[:0] }
 
@@ -362,7 +469,7 @@ func (o *Output) Seal() error {
 		return fmt.Errorf("seal: sealed %v, closed %v", o.isSealed, o.closed)
 	}
 	o.sealed, o.held, o.isSealed, o.holding = o.held, o.sealed[:0], true, true
-	return nil
+	return o.broken
 }
 
 // Release implements migrate.Output.
@@ -375,7 +482,7 @@ func (o *Output) Release() error {
 	}
 	o.let(o.sealed...)
 	o.sealed, o.isSealed = o.sealed[:0], false
-	return nil
+	return o.broken
 }
 
 // Pass implements migrate.Output.

@@ -56,7 +56,8 @@ type Conn struct {
 	in     []chunk // on its way to this end
 	size   int     // of in
 	eof    bool    // the peer has closed
-	err    error   // of all that is asked of this end
+	frozen bool
+	err    error // of all that is asked of this end
 	rd, wd deadline
 }
 
@@ -137,6 +138,16 @@ func (n *Network) Refuse(refuse bool) { n.change(func() { n.refuse = refuse }) }
 // Delay makes what is written from now on take that long.
 func (n *Network) Delay(d time.Duration) { n.change(func() { n.delay = d }) }
 
+// Freeze holds up for good what is under way on the connections that there are, as a
+// firewall does that has forgotten them. New ones work.
+func (n *Network) Freeze() {
+	n.change(func() {
+		for _, c := range n.conns {
+			c.frozen = true
+		}
+	})
+}
+
 // Error breaks all connections, at both ends, with err.
 func (n *Network) Error(err error) {
 	n.change(func() {
@@ -191,7 +202,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 			return 0, c.err
 		case c.rd.passed():
 			return 0, os.ErrDeadlineExceeded
-		case n.cut[1-c.side]:
+		case n.cut[1-c.side] || c.frozen:
 		case len(c.in) > 0 && !now.Before(c.in[0].at):
 			m := copy(b, c.in[0].b)
 			if c.in[0].b = c.in[0].b[m:]; len(c.in[0].b) == 0 {

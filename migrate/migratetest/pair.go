@@ -35,8 +35,10 @@ type Options struct {
 	Cache     int // pages; 32 if 0
 	Policy    migrate.Policy
 	Log       *slog.Logger
+	Dial      func(migrate.Dial) migrate.Dial // changes what the primary dials
 	Primary   func(*migrate.PrimaryConfig)
 	Standby   func(*migrate.StandbyConfig)
+	Guest     func(migrate.Guest) migrate.Guest // puts something around it
 }
 
 // NewPair makes a pair; Start runs it.
@@ -74,7 +76,14 @@ func NewPair(o Options) *Pair {
 	if o.Standby != nil {
 		o.Standby(&sc)
 	}
-	p.Primary = migrate.NewPrimary(pc, p.Net.Dial, p.Guest, p.Output, o.Log.With("side", "primary"))
+	dial, guest := migrate.Dial(p.Net.Dial), migrate.Guest(p.Guest)
+	if o.Dial != nil {
+		dial = o.Dial(dial)
+	}
+	if o.Guest != nil {
+		guest = o.Guest(guest)
+	}
+	p.Primary = migrate.NewPrimary(pc, dial, guest, p.Output, o.Log.With("side", "primary"))
 	p.Standby = migrate.NewStandby(sc, p.Net.Accept, p.Shadow, o.Log.With("side", "standby"))
 	return p
 }

@@ -23,6 +23,9 @@ type Shadow struct {
 	state  *State // it runs from
 	closed bool
 	err    error
+	unread error // of Base
+	balk   error // of TakeOver
+	hang   bool  // TakeOver does, until its time is over
 	writes int
 }
 
@@ -31,6 +34,18 @@ func NewShadow() *Shadow { return &Shadow{mem: make(map[page.PFN]*[page.Size]byt
 
 // Fail makes Apply fail from now on.
 func (s *Shadow) Fail(err error) { s.mu.Lock(); defer s.mu.Unlock(); s.err = err }
+
+// Balk makes TakeOver fail.
+func (s *Shadow) Balk(err error) { s.mu.Lock(); defer s.mu.Unlock(); s.balk = err }
+
+// Hang makes TakeOver last for as long as it may, and fail.
+func (s *Shadow) Hang() { s.mu.Lock(); defer s.mu.Unlock(); s.hang = true }
+
+// Unread makes Base fail from now on.
+func (s *Shadow) Unread(err error) { s.mu.Lock(); defer s.mu.Unlock(); s.unread = err }
+
+// Lose makes it have nothing of a page.
+func (s *Shadow) Lose(pfn page.PFN) { s.mu.Lock(); defer s.mu.Unlock(); delete(s.mem, pfn) }
 
 // Spoil changes a page of the copy behind the engine's back.
 func (s *Shadow) Spoil(n int) {
@@ -42,6 +57,13 @@ func (s *Shadow) Spoil(n int) {
 		}
 		s.mem[pfn][17] ^= 0xff
 	}
+}
+
+// SpoilPage is Spoil of one page.
+func (s *Shadow) SpoilPage(pfn page.PFN) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mem[pfn][17] ^= 0xff
 }
 
 func keys(m map[page.PFN]*[page.Size]byte) func(func(page.PFN) bool) {
@@ -82,11 +104,15 @@ func (s *Shadow) Head(b []byte) error {
 
 // Base implements migrate.Shadow.
 func (s *Shadow) Base(pfn page.PFN, dst []byte) error {
+	s.Points.Hit("shadow: base")
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.unread != nil {
+		return s.unread
+	}
 	p := s.mem[pfn]
 	if p == nil {
-		return fmt.Errorf("nothing of page %v is here", pfn)
+		return fmt.Errorf("page %v: %w", pfn, migrate.ErrNoPage)
 	}
 	copy(dst, p[:])
 	return s.usable()
@@ -143,8 +169,15 @@ func (s *Shadow) TakeOver(ctx context.Context, state []byte) error {
 		return fmt.Errorf("the copy's memory has sum %#x, and not %#x as the guest's had at %d", x, st.Sum, st.Count)
 	}
 	s.mu.Lock()
+	hang := s.hang
+	s.mu.Unlock()
+	if hang {
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.usable(); err != nil {
+	if err := errors.Join(s.balk, s.usable()); err != nil {
 		return err
 	}
 	s.state = &st
@@ -153,6 +186,7 @@ func (s *Shadow) TakeOver(ctx context.Context, state []byte) error {
 
 // Close implements migrate.Shadow.
 func (s *Shadow) Close() error {
+	s.Points.Hit("shadow: close")
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true

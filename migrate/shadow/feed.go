@@ -162,7 +162,7 @@ func (f *feed) poke(p *migrate.Pages) error {
 // read copies what the domain has, or will have, of a page.
 func (f *feed) read(pfn page.PFN, dst []byte) error {
 	if !f.fed.has(pfn) {
-		return errors.New("there is nothing of it yet")
+		return migrate.ErrNoPage
 	}
 	if f.mem == nil {
 		return f.base.get(pfn, dst)

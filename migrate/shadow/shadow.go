@@ -5,7 +5,6 @@
 package shadow
 
 import (
-	"bytes"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -17,9 +16,9 @@ import (
 	"time"
 
 	libvirt "github.com/digitalocean/go-libvirt"
-	"github.com/digitalocean/go-libvirt/socket/dialers"
 
 	"kemari/migrate"
+	"kemari/migrate/daemon"
 	"kemari/migrate/page"
 	"kemari/migrate/xen"
 )
@@ -29,14 +28,18 @@ type Config struct {
 	Name, UUID  string
 	DomainXML   string // as it shall run here
 	MemoryKiB   uint64
+	DeviceModel bool   // it is an HVM guest, whose device model's state comes along
 	PrimaryHost string // for libvirt's logs
 	Mark        string // file that tells Cleanup what a killed process left
-	Socket      string // libvirtd's; "" for the usual one
+	Cancel      bool   // Cleanup finishes nothing: the guest goes on elsewhere
+	Socket      string // of libvirt's daemon; "" for the usual ones
 	URI         string // "" for xen:///system
 	// Memory opens the memory of the domain that is being restored, once it exists.
 	// Nil, or an error: every page goes through the stream, and a second copy of the
 	// guest is kept here.
 	Memory func(ctx context.Context) (Memory, error)
+	// End makes sure that no domain with the UUID runs here, whatever libvirt says.
+	End func(ctx context.Context) error
 }
 
 // Limit is what every page of a guest of that size is below: memory below the
@@ -51,6 +54,7 @@ type Shadow struct {
 	cfg  Config
 	log  *slog.Logger
 	virt *libvirt.Libvirt
+	conn net.Conn // below virt
 	feed *feed
 
 	gone     chan struct{} // closed when libvirt has ended the restore, or our connection has
@@ -65,32 +69,61 @@ type Shadow struct {
 func Open(ctx context.Context, cfg Config, log *slog.Logger) (*Shadow, error) {
 	cfg = cfg.withDefaults()
 	s := &Shadow{cfg: cfg, log: log, limit: Limit(cfg.MemoryKiB)}
-	if err := s.connect(); err != nil {
+	if err := s.connect(ctx); err != nil {
 		return nil, err
 	}
 	if err := s.prepare(ctx); err != nil {
-		s.virt.Disconnect()
+		s.disconnect()
 		return nil, err
 	}
 	return s, nil
 }
 
 func (c Config) withDefaults() Config {
-	if c.Socket == "" {
-		c.Socket = "/run/libvirt/libvirt-sock"
-	}
 	if c.URI == "" {
 		c.URI = "xen:///system"
 	}
 	return c
 }
 
-func (s *Shadow) connect() error {
-	s.virt = libvirt.NewWithDialer(dialers.NewLocal(dialers.WithSocket(s.cfg.Socket), dialers.WithLocalTimeout(5*time.Second)))
-	if err := s.virt.ConnectToURI(libvirt.ConnectURI(s.cfg.URI)); err != nil {
-		return fmt.Errorf("connect to libvirt at %s: %w", s.cfg.Socket, err)
+func (s *Shadow) connect(ctx context.Context) error {
+	sockets := []string{s.cfg.Socket}
+	if s.cfg.Socket == "" {
+		sockets = daemon.Sockets(daemon.Dir, s.cfg.URI, false)
+	}
+	_, err := daemon.Enter(ctx, sockets, func(conn net.Conn) error { return s.connectOver(ctx, conn) })
+	if err != nil {
+		return fmt.Errorf("connect to libvirt: %w", err)
 	}
 	return nil
+}
+
+func (s *Shadow) connectOver(ctx context.Context, conn net.Conn) error {
+	s.conn, s.virt = conn, libvirt.NewWithDialer(given{conn})
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	if err := s.virt.ConnectToURI(libvirt.ConnectURI(s.cfg.URI)); err != nil {
+		conn.Close()
+		return err
+	}
+	return nil
+}
+
+// given is a dialer of a connection that is there: libvirt's own keeps it to itself,
+// and a libvirtd that hangs answers its Disconnect no more than anything else.
+type given struct{ net.Conn }
+
+func (g given) Dial() (net.Conn, error) { return g.Conn, nil }
+
+// goodbye bounds what libvirtd may take to say hello and goodbye.
+const goodbye = 5 * time.Second
+
+// disconnect ends the connection to libvirtd in good order if it lets us.
+func (s *Shadow) disconnect() {
+	t := time.AfterFunc(goodbye, func() { s.conn.Close() })
+	defer t.Stop()
+	s.virt.Disconnect()
+	s.conn.Close()
 }
 
 // Marks are what the file Config.Mark holds while libvirt has a job of ours.
@@ -192,7 +225,7 @@ func (s *Shadow) Check(state []byte) error {
 	case <-s.virt.Disconnected():
 		why = "libvirtd has closed the connection; was it restarted?"
 	default:
-		return xen.CheckState(state)
+		return xen.CheckState(state, s.cfg.DeviceModel)
 	}
 	return fmt.Errorf("%w: %s", migrate.ErrShadowLost, why)
 }
@@ -239,23 +272,42 @@ func (s *Shadow) open() {
 
 // TakeOver implements migrate.Shadow: processor state, end of stream, Finish3.
 func (s *Shadow) TakeOver(ctx context.Context, state []byte) error {
-	if err := xen.CheckState(state); err != nil {
+	if err := xen.CheckState(state, s.cfg.DeviceModel); err != nil {
 		return err
 	}
 	s.over = true
 	if err := s.mark(markTakingOver); err != nil {
 		return err
 	}
-	if err := s.feed.write(append(bytes.Clone(state), xen.End()...)); err != nil {
-		return err
+	stop := context.AfterFunc(ctx, func() { s.feed.conn.Close() })
+	err := s.feed.write(xen.AppendTail(nil, state, s.cfg.DeviceModel))
+	stop()
+	if err != nil {
+		return errors.Join(err, s.mark(markOpen)) // for Close to cancel, or who cleans up
 	}
 	if mem := s.feed.mem; mem != nil {
 		if err := mem.Close(); err != nil { // it would keep the guest's memory from being freed
 			s.log.Warn("the copy's memory stays mapped", "err", err)
 		}
 	}
-	return s.finish(ctx, false)
+	err = s.finish(ctx, false)
+	if err == nil {
+		return nil
+	}
+	// Libvirt may have let it run before it failed, or do so when it answers again.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endFor)
+	defer cancel()
+	if s.cfg.End == nil {
+		return errors.Join(migrate.ErrMayRun, err)
+	}
+	if e := s.cfg.End(ctx); e != nil {
+		return errors.Join(migrate.ErrMayRun, err, fmt.Errorf("end the copy: %w", e))
+	}
+	return err
 }
+
+// endFor bounds making sure that a copy does not run, after a take-over that failed.
+const endFor = 8 * time.Second
 
 // finish ends libvirt's job on the domain: it is let run, or cancelled.
 func (s *Shadow) finish(ctx context.Context, cancel bool) error {
@@ -264,11 +316,14 @@ func (s *Shadow) finish(ctx context.Context, cancel bool) error {
 	}
 	s.finished = true
 	// Libvirt joins its receiving thread here, which ends with the stream.
-	stop := context.AfterFunc(ctx, func() { s.virt.Disconnect() })
+	stop := context.AfterFunc(ctx, func() { s.conn.Close() })
 	defer stop()
 	_, _, err := s.virt.DomainMigrateFinish3Params(s.params(), nil, uint32(libvirt.MigrateLive), map[bool]int32{true: 1}[cancel])
 	os.Remove(s.cfg.Mark)
 	if cancel {
+		if ctx.Err() != nil {
+			return fmt.Errorf("cancel the incoming migration: libvirtd does not answer: %w", context.Cause(ctx))
+		}
 		// Libvirt answers a cancelled migration with no domain, which is an error in
 		// the protocol's terms and success in ours.
 		return nil
@@ -280,19 +335,43 @@ func (s *Shadow) finish(ctx context.Context, cancel bool) error {
 }
 
 // Close implements migrate.Shadow. Ending the stream early makes libxl destroy the
-// half-restored domain.
+// half-restored domain. A libvirtd that does not answer is given up.
 func (s *Shadow) Close() error {
 	s.feed.Close() // its memory first: what is mapped is not freed
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	err := s.finish(ctx, true)
-	s.virt.Disconnect()
+	s.disconnect()
+	return err
+}
+
+// Destroy ends a domain of this host through libvirt, which so learns of it: "" is the
+// usual one. It ends with ctx. It is no error if the domain does not run.
+func Destroy(ctx context.Context, socket string, uuid [16]byte) error {
+	s := &Shadow{cfg: Config{Socket: socket}.withDefaults()}
+	if err := s.connect(ctx); err != nil {
+		return err
+	}
+	defer s.disconnect()
+	stop := context.AfterFunc(ctx, func() { s.conn.Close() })
+	defer stop()
+	dom, err := s.virt.DomainLookupByUUID(libvirt.UUID(uuid))
+	if err == nil && dom.ID >= 0 {
+		err = s.virt.DomainDestroy(dom)
+	}
+	switch {
+	case err == nil, libvirt.IsNotFound(err):
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("libvirtd does not answer: %w", context.Cause(ctx))
+	}
 	return err
 }
 
 // Cleanup puts in order what a process left that was killed. Its stream has ended
 // with it, but libvirt still holds the job on the domain. A take-over that had
-// begun is finished, everything else is cancelled; running tells which it was.
+// begun is finished, unless cfg.Cancel says that the guest goes on elsewhere;
+// everything else is cancelled. Running tells which it was.
 // Without the mark of an open shadow it touches nothing: to cancel a migration
 // that has been finished would destroy the guest.
 func Cleanup(ctx context.Context, cfg Config) (running bool, err error) {
@@ -304,11 +383,11 @@ func Cleanup(ctx context.Context, cfg Config) (running bool, err error) {
 		return false, err
 	}
 	s := &Shadow{cfg: cfg.withDefaults()}
-	if err := s.connect(); err != nil {
+	if err := s.connect(ctx); err != nil {
 		return false, err
 	}
-	defer s.virt.Disconnect()
-	over := string(mark) == markTakingOver
+	defer s.disconnect()
+	over := string(mark) == markTakingOver && !cfg.Cancel
 	if err := s.finish(ctx, !over); err != nil {
 		return false, err
 	}

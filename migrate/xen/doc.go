@@ -8,5 +8,6 @@
 // Domain is a guest checkpointed by hypercalls of our own, all in pure Go; Memory the
 // memory of one that is being restored here. Guest takes its checkpoints with
 // libxenguest, in the helper process cmd/kemari-xcsave, and is what Domain is
-// compared with.
+// compared with. The device model of an HVM guest is QEMU, which Domain stops and whose
+// state it takes by QMP.
 package xen

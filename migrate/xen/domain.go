@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"syscall"
 	"time"
 
@@ -22,9 +23,12 @@ var (
 	// ErrIncomplete: there was no Round since Begin, or since an error left unknown
 	// what changed.
 	ErrIncomplete = fmt.Errorf("%w: a Round must come first", migrate.ErrPagesUnknown)
-	// ErrDeviceModel: the guest has a device model, whose state and whose writes to
-	// the guest's memory are not captured.
-	ErrDeviceModel = errors.New("the guest has a device model; only PVH guests can be protected")
+	// ErrDeviceModel: the guest has a device model whose state, or whose writes to the
+	// guest's memory, cannot be captured.
+	ErrDeviceModel = errors.New("the guest's device model cannot be captured")
+	// ErrNoPVDrivers: an HVM guest that has no PV drivers cannot suspend, and what its
+	// emulated devices send is not held.
+	ErrNoPVDrivers = errors.New("the guest has loaded no PV drivers (yet); without them it cannot suspend")
 	// ErrVersion: this Xen's interface is none of those known.
 	ErrVersion = sys.ErrVersion
 )
@@ -48,6 +52,7 @@ type control interface {
 	Populated(pfns []uint64, ok []bool) error
 	Policies() (cpuid, msr []byte, err error)
 	Param(sys.Param) (uint64, error)
+	Granted(f func(pfn uint64, to uint16)) error
 	AllocPort() (uint32, error)
 	PortFree(port uint32) bool
 	Subscribe(port uint32) error
@@ -60,8 +65,8 @@ type port interface {
 	Close()
 }
 
-// Domain is a running PVH guest that is checkpointed by hypercalls of our own. It
-// implements the engine's Guest. Its methods are called by one goroutine.
+// Domain is a running PVH or HVM guest that is checkpointed by hypercalls of our own.
+// It implements the engine's Guest. Its methods are called by one goroutine.
 //
 // While the guest stands, one hypercall reads and clears the bitmap, one reads the
 // processors' state; the pages are copied from mappings that are kept; two hypercalls
@@ -70,15 +75,22 @@ type port interface {
 //
 // Within a checkpoint all is exact, or it returns an error: a page that the guest
 // does not write to, the canary, is marked as changed whenever the bitmap is cleared,
-// so that it is missed when somebody else has cleared it since. A guest that gives memory
-// back and gets other memory (ballooning) is noticed by its number of pages, since
-// what we have mapped still counts; then all is mapped anew.
+// so that it is missed when somebody else has cleared it since. A guest may give memory
+// back and get other memory (ballooning): Xen marks what it gets as changed, and a page
+// that is mapped in vain shows by the number of pages, see mapping. Then what is copied
+// is mapped anew, which the checkpoint after a guest got memory pays for, and every one
+// of a guest that is larger than what can be mapped.
+//
+// An HVM guest's device model is stopped before the bitmap is read, and let go on just
+// before the guest is: so what it has written by then is in the bitmap, and what it
+// saves, while we copy, is of the same moment.
 type Domain struct {
 	susp    suspender
 	xen     control
 	release func() error // closes the connections
 	version func() (major, minor uint16)
 	bind    func(remote uint32) (port, error)
+	window  func() (window, error) // another one, of one slot
 	port    port
 	mark    *mark
 	mem     *mapping
@@ -90,17 +102,18 @@ type Domain struct {
 	all     []page.Run // every pfn there can be
 	known   bool       // all but what the bitmap says has been handed over
 	lost    bool       // logging must be begun anew
-	total   uint64     // sys.Info.TotPages when the mappings were last known to be right
 	stand   sys.State
 	batch   Pages
+	beat    []page.PFN // of patrol
+	beatAt  int        // the word of pop it goes on from
 	changed []page.PFN // of a Round
 	runs    []page.Run
 	unknown []uint64
 	there   []bool
 	stats   Stats
 	begun   bool
+	held    bool // left standing
 	closed  bool
-	swaps   bool // the guest was seen to give memory back or to get some
 }
 
 // Stats are counts since OpenDomain.
@@ -109,14 +122,15 @@ type Stats struct {
 	Pages       int // in checkpoints
 	Maps        int // how often a chunk of 64 pages was mapped
 	Appeared    int // pages that got memory since Begin
-	Vanished    int // pages that had memory and had none when they were to be copied
-	Ballooned   int // how often all was mapped anew
+	Vanished    int // pages that had memory and have none any more
+	Searches    int // how often changed pages were looked for outside the known ones
+	Ballooned   int // how often what was copied was mapped anew
 }
 
 // OpenDomain opens a running domain to be checkpointed. In the file mark it keeps
 // what CleanupDomain needs to know. Destroy ends the domain through whoever manages
-// it. It returns migrate.ErrGuestGone, ErrNoLogDirty or ErrDeviceModel for a domain
-// that cannot be protected, ErrVersion for a Xen that is not known.
+// it. It returns migrate.ErrGuestGone, ErrNoLogDirty, ErrDeviceModel or ErrNoPVDrivers
+// for a domain that cannot be protected, ErrVersion for a Xen that is not known.
 func OpenDomain(ctx context.Context, domid uint32, markPath string, destroy func(context.Context) error, log *slog.Logger) (*Domain, error) {
 	if domid == 0 || domid >= 0x7ff0 {
 		return nil, fmt.Errorf("%d is not the id of a guest", domid)
@@ -149,6 +163,7 @@ func OpenDomain(ctx context.Context, domid uint32, markPath string, destroy func
 	}
 	d.release = func() error { return errors.Join(store.Close(), conn.Close()) }
 	d.bind = func(remote uint32) (port, error) { return sys.BindPort(id, remote) }
+	d.window = func() (window, error) { return conn.Window(id, 1, false) }
 	w, err := conn.Window(id, mapSlots, false)
 	if err != nil {
 		return fail(err)
@@ -158,7 +173,7 @@ func OpenDomain(ctx context.Context, domid uint32, markPath string, destroy func
 		return fail(err)
 	}
 	d.susp = suspender{id: id, xen: xd, store: store, mark: d.mark, look: lookInterval, limit: suspendTimeout}
-	if err := d.check(); err != nil {
+	if err := d.check(ctx); err != nil {
 		return fail(err)
 	}
 	return d, nil
@@ -167,7 +182,7 @@ func OpenDomain(ctx context.Context, domid uint32, markPath string, destroy func
 // check refuses a guest that cannot be protected before anything is done to it. That
 // its kernel can suspend is not to be seen: Linux says so in control/feature-suspend
 // when it boots, but not again where it has been restored.
-func (d *Domain) check() error {
+func (d *Domain) check(ctx context.Context) error {
 	info, err := d.xen.Info()
 	switch {
 	case err != nil:
@@ -177,8 +192,32 @@ func (d *Domain) check() error {
 	case !info.HVM:
 		return ErrNoLogDirty
 	case info.DeviceModel:
-		return ErrDeviceModel
+		return d.checkEmulator(ctx)
 	}
+	return nil
+}
+
+// checkEmulator is check for a guest that has a device model.
+func (d *Domain) checkEmulator(ctx context.Context) error {
+	if irq, err := d.xen.Param(sys.ParamCallbackIRQ); err != nil || irq == 0 {
+		return errors.Join(err, ErrNoPVDrivers)
+	}
+	node := fmt.Sprintf("/local/domain/%d/image/device-model-domid", d.susp.id)
+	switch in, err := d.susp.store.Read(ctx, node); {
+	case err == nil && in != "0":
+		return fmt.Errorf("%w: it runs in domain %s, a stub domain", ErrDeviceModel, in)
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return err
+	}
+	// What QEMU keeps there, built for a Xen older than 4.10, would have to follow, too.
+	node = fmt.Sprintf("/local/domain/0/device-model/%d/physmap", d.susp.id)
+	switch names, err := d.susp.store.List(ctx, node); {
+	case len(names) > 0:
+		return fmt.Errorf("%w: it keeps a part of its state in xenstore, as QEMU does that was built for a Xen older than 4.10", ErrDeviceModel)
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return err
+	}
+	d.susp.dm = openQEMU(monitorPath(d.susp.id))
 	return nil
 }
 
@@ -193,7 +232,7 @@ func (d *Domain) why(err error) error {
 	if err == nil || errors.Is(err, migrate.ErrGuestGone) {
 		return err
 	}
-	if st, _, serr := d.susp.state(); errors.Is(err, sys.ErrNoDomain) || serr == nil && st == gone {
+	if errors.Is(err, sys.ErrNoDomain) || d.Ended() {
 		return migrate.ErrGuestGone
 	}
 	return err
@@ -232,7 +271,7 @@ func (d *Domain) begin(ctx context.Context) ([]byte, error) {
 	head := AppendHeaders(nil, major, minor)
 	head = AppendRecord(head, RecordCPUIDPolicy, cpuid)
 	head = AppendRecord(head, RecordMSRPolicy, msr)
-	return AppendRecord(head, RecordStaticDataEnd, nil), ctx.Err()
+	return AppendRecord(head, RecordStaticDataEnd, nil), context.Cause(ctx)
 }
 
 // chooseCanary finds a page the guest does not write to, or else its own writing
@@ -260,8 +299,14 @@ func (d *Domain) chooseCanary() error {
 	return errors.New("the guest has no page to mark as changed")
 }
 
-// logAnew begins to log, though somebody may have left it on.
+// logAnew begins to log, though somebody may have left it on. Who ends Xen's logging,
+// as libxl does, ends the device model's, too.
 func (d *Domain) logAnew() error {
+	if d.susp.dm != nil {
+		if err := d.susp.dm.Log(); err != nil {
+			return fmt.Errorf("%w: %w", ErrDeviceModel, err)
+		}
+	}
 	err := d.xen.EnableLogDirty()
 	if err != nil {
 		if derr := d.xen.DisableLogDirty(); derr == nil {
@@ -269,7 +314,11 @@ func (d *Domain) logAnew() error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNoLogDirty, err)
+		err = fmt.Errorf("%w: %w", ErrNoLogDirty, err)
+		if d.susp.dm != nil && !d.begun { // Close would leave it on
+			err = errors.Join(err, d.susp.dm.Unlog())
+		}
+		return err
 	}
 	d.lost = false
 	return nil
@@ -310,6 +359,12 @@ func (d *Domain) Round(ctx context.Context, send func(*Pages) error) (int, error
 	return n, d.why(err)
 }
 
+// Again has the next Round hand over every page of the guest.
+func (d *Domain) Again() error {
+	d.known = false
+	return nil
+}
+
 func (d *Domain) round(ctx context.Context, send func(*Pages) error) (total int, err error) {
 	if ctx.Err() != nil {
 		return 0, context.Cause(ctx)
@@ -320,6 +375,12 @@ func (d *Domain) round(ctx context.Context, send func(*Pages) error) (total int,
 	var pfns []page.PFN // what to hand over, unless it is everything
 	word := 0
 	if d.known {
+		dirty, err := d.xen.Clean(d.canary)
+		if err = d.logged(err); err != nil {
+			return 0, err
+		}
+		// After the bitmap, so that what comes to a page from now on changes it anew:
+		// the other way round its bit could be read here, and its old memory copied.
 		info, err := d.xen.Info()
 		if err != nil {
 			return 0, err
@@ -328,10 +389,6 @@ func (d *Domain) round(ctx context.Context, send func(*Pages) error) (total int,
 			return 0, migrate.ErrGuestGone
 		}
 		full := d.ballooned(info)
-		dirty, err := d.xen.Clean(d.canary)
-		if err = d.logged(err); err != nil {
-			return 0, err
-		}
 		if d.changed, err = d.dirty(d.changed[:0], dirty, full); err != nil {
 			return 0, err
 		}
@@ -351,6 +408,13 @@ func (d *Domain) round(ctx context.Context, send func(*Pages) error) (total int,
 		} else {
 			n := min(len(pfns), roundPages)
 			b.PFNs, pfns = append(b.PFNs, pfns[:n]...), pfns[n:]
+		}
+		if len(b.PFNs) == 0 && everything {
+			everything = false
+			if pfns, err = d.rest(ctx); err != nil {
+				return total, err
+			}
+			continue
 		}
 		if len(b.PFNs) == 0 {
 			break
@@ -387,14 +451,16 @@ func (d *Domain) restart(ctx context.Context) error {
 	}
 	limit := d.xen.Limit()
 	d.all = append(d.all[:0], page.Run{N: limit})
+	d.mem.dropAll() // before the pages are counted, since what was given back counts until then
 	info, err := d.xen.Info()
 	if err != nil {
 		return err
 	}
-	d.mem.dropAll()
 	d.mem.grow(limit)
 	d.pop.reset(limit)
-	d.total = info.TotPages
+	d.mem.known = d.pop.word
+	d.mem.distrust(false)
+	d.beatAt = 0
 	// Twice, to see that the canary is one. What the bitmap says is of no interest:
 	// everything is handed over.
 	for range 2 {
@@ -405,30 +471,35 @@ func (d *Domain) restart(ctx context.Context) error {
 	if !d.sings() {
 		return fmt.Errorf("page %#x cannot be marked as changed", d.canary)
 	}
-	if err := d.populate(ctx, limit, info.TotPages); err != nil {
+	if err := d.populate(ctx, &d.pop, limit, info.TotPages, d.pop.add); err != nil {
 		return err
 	}
 	d.pop.rescan()
 	return nil
 }
 
-// populate finds out where the guest has memory. It may stop once it has found as many
-// pages as the guest has: so it begins with the special ones at the end, and goes up
-// from the bottom, and the hole between is not looked at.
-func (d *Domain) populate(ctx context.Context, limit, total uint64) error {
+// populate tells of each page where the guest has memory. It may stop once pop has as
+// many pages as the guest has: so it begins with the special ones at the end, and goes
+// up from the bottom, and the hole between is not looked at.
+func (d *Domain) populate(ctx context.Context, pop *population, limit, total uint64, yes func(page.PFN)) error {
 	d.unknown = d.unknown[:0]
 	top := limit - min(limit, sys.TypesBatch)
 	for pfn := top; pfn < limit; pfn++ {
 		d.unknown = append(d.unknown, pfn)
 	}
+	found := func(p page.PFN, there bool) {
+		if there {
+			yes(p)
+		}
+	}
 	for pfn := uint64(0); ; {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if err := d.look(d.pop.add); err != nil {
+		if err := d.look(found); err != nil {
 			return err
 		}
-		if pfn >= top || uint64(d.pop.pages) >= total {
+		if pfn >= top || uint64(pop.pages) >= total {
 			return nil
 		}
 		for end := min(top, pfn+sys.TypesBatch); pfn < end; pfn++ {
@@ -437,8 +508,63 @@ func (d *Domain) populate(ctx context.Context, limit, total uint64) error {
 	}
 }
 
-// look asks of the pages in unknown which have memory, and empties it.
-func (d *Domain) look(yes func(page.PFN)) error {
+// rest is what a Round of everything has left out: a guest that got memory and gave
+// some back while populate looked may have made it stop too soon. Once all has been
+// copied, and so mapped, nothing is left out if as many are mapped as Xen counts.
+func (d *Domain) rest(ctx context.Context) ([]page.PFN, error) {
+	info, err := d.xen.Info()
+	if err != nil || uint64(d.mem.count) == info.TotPages {
+		return nil, err
+	}
+	d.changed = d.changed[:0]
+	err = d.populate(ctx, &d.pop, d.xen.Limit(), ^uint64(0), func(p page.PFN) {
+		if !d.pop.has(p) {
+			d.pop.add(p)
+			d.changed = append(d.changed, p)
+		}
+	})
+	return d.changed, err
+}
+
+// patrol looks whether a part of the known pages still have memory, each time the
+// next part, and frees what the guest has given back: mapped, it would neither be the
+// host's again, nor would Xen let the guest have other memory for it. The guest runs;
+// the cost does not grow with it. What goes wrong is no matter: a chunk that is not
+// mapped is mapped when it is copied.
+func (d *Domain) patrol() {
+	if d.beat == nil {
+		d.beat = make([]page.PFN, 0, sys.TypesBatch)
+	}
+	d.beat, d.beatAt = d.pop.appendAll(d.beat[:0], d.beatAt)
+	if d.beatAt >= len(d.pop.words) {
+		d.beatAt = 0
+	}
+	d.unknown = d.unknown[:0]
+	for _, p := range d.beat {
+		d.unknown = append(d.unknown, uint64(p))
+	}
+	left := d.beat[:0]
+	err := d.look(func(p page.PFN, there bool) {
+		if !there {
+			d.pop.remove(p)
+			left = append(left, p)
+		}
+	})
+	d.stats.Vanished += len(left)
+	for i, p := range left {
+		chunk := p / sys.SlotPages
+		if d.mem.of[chunk] != 0 && (i == 0 || chunk != left[i-1]/sys.SlotPages) {
+			_, merr := d.mem.again(p)
+			err = errors.Join(err, merr)
+		}
+	}
+	if err != nil {
+		d.log.Debug("look whether the guest has given memory back", "error", err)
+	}
+}
+
+// look asks of the pages in unknown whether they have memory, and empties it.
+func (d *Domain) look(tell func(p page.PFN, there bool)) error {
 	if d.there == nil {
 		d.there = make([]bool, sys.TypesBatch)
 	}
@@ -448,9 +574,7 @@ func (d *Domain) look(yes func(page.PFN)) error {
 			return err
 		}
 		for i, p := range u[:n] {
-			if d.there[i] {
-				yes(page.PFN(p))
-			}
+			tell(page.PFN(p), d.there[i])
 		}
 		u = u[n:]
 	}
@@ -482,23 +606,16 @@ func (d *Domain) logged(err error) error {
 	return err
 }
 
-// ballooned tells whether the guest may have got other memory than what is mapped,
-// and drops the mappings then.
+// ballooned tells whether a page may have got other memory than what is mapped for it;
+// then what is copied is mapped anew. It must come after the bitmap is read, or while
+// the guest stands: what comes to a page after it must mark the page for the next time.
 func (d *Domain) ballooned(info sys.Info) bool {
-	if info.TotPages == d.total && !d.mem.dropped && !d.swaps {
-		return false
+	bad := uint64(d.mem.count) != info.TotPages
+	d.mem.distrust(bad)
+	if bad {
+		d.stats.Ballooned++
 	}
-	// While all is mapped every page that comes back tells. Not so from now on, since
-	// what goes from an unmapped chunk makes up for it: nothing stays mapped any more.
-	d.swaps = true
-	d.mem.dropAll()
-	d.stats.Ballooned++
-	d.total = info.TotPages
-	// What was given back and is unmapped now counts no longer.
-	if again, err := d.xen.Info(); err == nil {
-		d.total = again.TotPages
-	}
-	return true
+	return bad
 }
 
 // dirty appends the pages of the bitmap just read to pfns. Where Xen has counted
@@ -515,6 +632,7 @@ func (d *Domain) dirty(pfns []page.PFN, count sys.Dirty, full bool) ([]page.PFN,
 		full = found < uint64(count.Pages)
 	}
 	if full {
+		d.stats.Searches++
 		d.runs = page.AppendRuns(d.runs[:0], bitmap, d.all)
 		if err := d.withinLimit(); err != nil {
 			return nil, err
@@ -533,11 +651,17 @@ func (d *Domain) dirty(pfns []page.PFN, count sys.Dirty, full bool) ([]page.PFN,
 	if len(d.unknown) == 0 {
 		return pfns, nil
 	}
-	err := d.look(func(p page.PFN) {
-		d.pop.add(p)
-		d.mem.drop(p)
-		d.stats.Appeared++
-		pfns = append(pfns, p)
+	if full {
+		for _, p := range d.unknown {
+			d.pop.note(page.PFN(p)) // found at once the next time
+		}
+	}
+	err := d.look(func(p page.PFN, there bool) {
+		if there {
+			d.pop.add(p)
+			d.stats.Appeared++
+			pfns = append(pfns, p)
+		}
 	})
 	return pfns, err
 }
@@ -557,22 +681,27 @@ func (d *Domain) withinLimit() error {
 func (d *Domain) gone() {
 	for _, p := range d.mem.vanished {
 		d.pop.remove(p)
-		d.mem.drop(p) // in case it comes back
 	}
 	d.stats.Vanished += len(d.mem.vanished)
 }
 
 // Checkpoint suspends the guest, calls seal while it stands, captures what changed,
-// and resumes it. After an error the guest runs, unless it is gone or the error says
-// that it cannot be resumed; the next call must be Round, which hands over everything,
-// or Close.
+// and resumes it, unless c.Hold says not to. After an error the guest runs, unless it
+// is gone or the error says that it cannot be resumed; the next call must be Round,
+// which hands over everything, or Close.
 func (d *Domain) Checkpoint(ctx context.Context, seal func() error, c *Capture) error {
 	if !d.known {
 		return ErrIncomplete
 	}
+	d.patrol()
 	// Memory is had before the guest stands.
 	reserve(c, max(reservePages, 2*len(c.PFNs)))
-	c.PFNs, c.Data, c.State = c.PFNs[:0], c.Data[:0], c.State[:0]
+	c.PFNs, c.Data, c.State, c.SumsTook = c.PFNs[:0], c.Data[:0], c.State[:0], 0
+	var sums *summer
+	if c.Sums != nil {
+		sums = d.summer(c.Sums)
+		defer sums.close()
+	}
 	start := time.Now()
 	info, err := d.susp.suspend(ctx)
 	if err != nil {
@@ -580,9 +709,16 @@ func (d *Domain) Checkpoint(ctx context.Context, seal func() error, c *Capture) 
 	}
 	stood := time.Now()
 	fresh, err := d.capture(ctx, info, seal, c)
+	if err == nil && sums != nil {
+		began := time.Now()
+		sums.sum(ctx)
+		c.SumsTook = time.Since(began)
+	}
 	copied := time.Now()
-	if rerr := d.susp.resume(fresh); rerr != nil {
-		err = errors.Join(err, rerr)
+	if d.held = c.Hold && err == nil; !d.held {
+		if rerr := d.susp.resume(fresh); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
 	}
 	c.Suspend, c.Copy, c.Resume = stood.Sub(start), copied.Sub(stood), time.Since(copied)
 	if err != nil {
@@ -597,10 +733,25 @@ func (d *Domain) Checkpoint(ctx context.Context, seal func() error, c *Capture) 
 	return nil
 }
 
+// Resume lets the guest go on that Checkpoint has left standing. To Close it is one
+// whose suspend is under way, and to CleanupDomain, too.
+func (d *Domain) Resume() error {
+	if !d.held {
+		return errors.New("the guest was not left standing")
+	}
+	d.held = false
+	return d.why(d.susp.resume(false))
+}
+
 // capture reads a guest that stands; fresh is what Resume is told.
 func (d *Domain) capture(ctx context.Context, info sys.Info, seal func() error, c *Capture) (fresh bool, err error) {
 	if err := seal(); err != nil {
 		return false, fmt.Errorf("seal: %w", err)
+	}
+	if d.susp.dm != nil {
+		if err := d.susp.dm.Stop(); err != nil {
+			return false, err
+		}
 	}
 	full := d.ballooned(info)
 	st := &d.stand
@@ -621,6 +772,11 @@ func (d *Domain) capture(ctx context.Context, info sys.Info, seal func() error, 
 	}
 	d.gone()
 	c.PFNs, c.Data = c.PFNs[:n], c.Data[:n*page.Size]
+	if d.susp.dm != nil {
+		if c.State, err = appendEmulator(c.State, d.susp.dm.Saved); err != nil {
+			return true, err
+		}
+	}
 	return true, nil
 }
 
@@ -647,11 +803,18 @@ func appendState(b []byte, st *sys.State) []byte {
 	return AppendHVMParams(b, params[:])
 }
 
+// Ended implements migrate.Guest.
+func (d *Domain) Ended() bool {
+	st, _, err := d.susp.state()
+	return err == nil && st == gone
+}
+
 // Destroy ends the guest, because another copy of it runs. It retries until it has
 // succeeded or ctx ends. Idempotent.
 func (d *Domain) Destroy(ctx context.Context) error { return d.destroy(ctx) }
 
-// Close leaves the guest running and unobserved. Idempotent.
+// Close leaves the guest running, or paused if an operator has paused it, and
+// unobserved. Idempotent.
 func (d *Domain) Close() error {
 	if d.closed {
 		return nil
@@ -667,6 +830,15 @@ func (d *Domain) Close() error {
 // leave ends what Begin has begun.
 func leave(x control, s *suspender) error {
 	var errs []error
+	// First, while its suspend is told to us and not to libvirt.
+	if left, _, _ := s.mark.get(); left == markSuspending {
+		if err := s.settle(context.Background()); err != nil {
+			errs = append(errs, fmt.Errorf("resume the guest: %w", err))
+		}
+	}
+	if err := s.leaveEmulator(); err != nil {
+		errs = append(errs, err)
+	}
 	if err := x.DisableLogDirty(); !offAlready(err) {
 		errs = append(errs, err)
 	}
@@ -685,6 +857,9 @@ func (d *Domain) free() error {
 	if d.port != nil {
 		d.port.Close()
 	}
+	if d.susp.dm != nil {
+		errs = append(errs, d.susp.dm.Close())
+	}
 	if d.mem != nil {
 		errs = append(errs, d.mem.Close())
 	}
@@ -701,7 +876,8 @@ func (d *Domain) free() error {
 }
 
 // CleanupDomain takes back what a process left that was killed: a guest that stands,
-// a suspend under way, log-dirty mode, the subscription. A guest that is gone is no
+// a suspend under way, a device model that is stopped, log-dirty mode, the
+// subscription. A guest that is gone is no
 // error. Idempotent.
 func CleanupDomain(ctx context.Context, domid uint32, markPath string) error {
 	id := uint16(domid)
@@ -728,7 +904,12 @@ func CleanupDomain(ctx context.Context, domid uint32, markPath string) error {
 		return err
 	}
 	defer m.Close()
-	return cleanup(ctx, x, &suspender{id: id, xen: x, store: store, mark: m, look: lookInterval, limit: suspendTimeout})
+	s := &suspender{id: id, xen: x, store: store, mark: m, look: lookInterval, limit: suspendTimeout}
+	if info, err := x.Info(); err == nil && info.DeviceModel {
+		s.dm = openQEMU(monitorPath(id))
+		defer s.dm.Close()
+	}
+	return cleanup(ctx, x, s)
 }
 
 func cleanup(ctx context.Context, x control, s *suspender) error {
@@ -744,7 +925,7 @@ func cleanup(ctx context.Context, x control, s *suspender) error {
 	left, _, _ := s.mark.get()
 	if left == markSuspending || left != markRunning && st == suspended {
 		if err = x.Prepare(); err == nil {
-			err = s.unsuspend(ctx)
+			err = s.settle(ctx)
 		}
 		if err != nil {
 			return fmt.Errorf("resume the guest: %w", err)

@@ -39,25 +39,34 @@ type fakeXen struct {
 	mu     sync.Mutex
 	limit  uint64
 	p2m    map[page.PFN]*frame
-	total  int // frames that are not free
+	own    map[page.PFN]*frame // Xen's, which it shows to the guest
+	total  int                 // frames that are not free
+	max    int                 // what Xen lets it have; 0: anything
 	dirty  map[page.PFN]bool
 	count  uint32 // dirty_count
+	unmark bool   // a page given back counts as unchanged, as it does from Xen 4.22 on
 	log    bool   // log-dirty
 	bitmap []uint64
 	info   sys.Info
+	pauses int // by who controls it
 	absent bool
 	port   uint32 // subscribed
 
 	resumed int
 	events  chan struct{} // bound port
 	fail    error         // of the next Stand or Clean
+	inClean func()        // what the guest does just before the next Clean
+	inLook  func()        // and before each Populated
 	noLog   error         // of EnableLogDirty
 	state   byte          // changes the HVM context
+	grants  func(func(pfn uint64, to uint16)) error
+	noPV    bool       // no PV drivers are loaded
+	running func(bool) // told before the guest goes on
 }
 
 func newFakeXen(limit uint64) *fakeXen {
 	return &fakeXen{
-		limit: limit, p2m: map[page.PFN]*frame{}, dirty: map[page.PFN]bool{},
+		limit: limit, p2m: map[page.PFN]*frame{}, own: map[page.PFN]*frame{}, dirty: map[page.PFN]bool{},
 		info: sys.Info{HVM: true, Handle: [16]byte{1, 2, 3}}, events: make(chan struct{}, 1),
 	}
 }
@@ -74,7 +83,7 @@ func (x *fakeXen) mark(p page.PFN) {
 func (x *fakeXen) populate(p page.PFN) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.p2m[p] == nil {
+	if x.p2m[p] == nil && (x.max == 0 || x.total < x.max) {
 		x.p2m[p] = &frame{ours: true}
 		x.total++
 		x.mark(p)
@@ -87,6 +96,10 @@ func (x *fakeXen) balloonOut(p page.PFN) {
 	if f := x.p2m[p]; f != nil {
 		f.ours = false
 		delete(x.p2m, p)
+		if x.unmark && x.dirty[p] {
+			delete(x.dirty, p)
+			x.count--
+		}
 		x.unref(f)
 	}
 }
@@ -174,9 +187,37 @@ func (x *fakeXen) Resume(bool) error {
 	if !x.info.Down {
 		panic("resumed while it runs")
 	}
+	if x.running != nil {
+		x.running(true)
+	}
 	x.info.Down = false
 	x.resumed++
 	return nil
+}
+
+func (x *fakeXen) Pause() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.pauses++
+	x.info.Paused = true
+	return nil
+}
+
+func (x *fakeXen) Unpause() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.pauses == 0 {
+		return syscall.EINVAL
+	}
+	x.pauses--
+	x.info.Paused = x.pauses > 0
+	return nil
+}
+
+func (x *fakeXen) paused() int {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.pauses
 }
 
 func (x *fakeXen) Prepare() error {
@@ -232,6 +273,10 @@ func (x *fakeXen) foreignClean() {
 }
 
 func (x *fakeXen) Clean(canary uint64) (sys.Dirty, error) {
+	if act := x.inClean; act != nil {
+		x.inClean = nil
+		act()
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if err := x.fail; err != nil {
@@ -260,6 +305,9 @@ func (x *fakeXen) Stand(canary uint64, st *sys.State) error {
 func (x *fakeXen) Bitmap() []uint64 { return x.bitmap }
 
 func (x *fakeXen) Populated(pfns []uint64, ok []bool) error {
+	if x.inLook != nil {
+		x.inLook()
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for i, p := range pfns {
@@ -269,10 +317,21 @@ func (x *fakeXen) Populated(pfns []uint64, ok []bool) error {
 }
 
 func (x *fakeXen) Policies() ([]byte, []byte, error) { return make([]byte, 48), make([]byte, 32), nil }
-func (x *fakeXen) Param(sys.Param) (uint64, error)   { return 1, nil }
-func (x *fakeXen) AllocPort() (uint32, error)        { return 12, nil }
-func (x *fakeXen) PortFree(p uint32) bool            { return p == 12 }
-func (x *fakeXen) Close()                            {}
+func (x *fakeXen) Param(p sys.Param) (uint64, error) {
+	if p == sys.ParamCallbackIRQ && x.noPV {
+		return 0, nil
+	}
+	return 1, nil
+}
+func (x *fakeXen) Granted(f func(uint64, uint16)) error {
+	if x.grants == nil {
+		return nil
+	}
+	return x.grants(f)
+}
+func (x *fakeXen) AllocPort() (uint32, error) { return 12, nil }
+func (x *fakeXen) PortFree(p uint32) bool     { return p == 12 }
+func (x *fakeXen) Close()                     {}
 func (x *fakeXen) Subscribe(port uint32) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -304,7 +363,12 @@ func (w *fakeWindow) Map(slot int, first uint64) (ok uint64, err error) {
 	w.x.mu.Lock()
 	defer w.x.mu.Unlock()
 	for i := range w.slots[slot] {
-		if f := w.x.p2m[page.PFN(first)+page.PFN(i)]; f != nil {
+		p := page.PFN(first) + page.PFN(i)
+		f := w.x.p2m[p]
+		if f == nil {
+			f = w.x.own[p]
+		}
+		if f != nil {
 			f.refs++
 			w.slots[slot][i] = f
 			ok |= 1 << i
@@ -360,6 +424,9 @@ type fixture struct {
 	w     *fakeWindow
 	store *xenstoretest.Server
 	mark  string
+	// What sums are read by, and why not.
+	another  *fakeWindow
+	noWindow error
 	// answers is what the guest does when asked to suspend; nil: it suspends.
 	mu      sync.Mutex
 	answers func()
@@ -393,6 +460,7 @@ func newFixture(t tb, x *fakeXen, slots int) *fixture {
 	t.Helper()
 	f := &fixture{x: x, w: newFakeWindow(x, slots), mark: filepath.Join(tempDir(t), "mark")}
 	var dial func() *xenstore.Client
+	f.another = newFakeWindow(x, 1)
 	f.store, dial = dialStore(t)
 	m, err := openMark(f.mark)
 	if err != nil {
@@ -402,6 +470,7 @@ func newFixture(t tb, x *fakeXen, slots int) *fixture {
 		xen: x, mark: m, log: slog.New(slog.DiscardHandler),
 		version: func() (uint16, uint16) { return 4, 17 },
 		bind:    func(uint32) (port, error) { return fakePort{x.events}, nil },
+		window:  func() (window, error) { return f.another, f.noWindow },
 		mem:     newMapping(f.w, slots),
 		susp: suspender{
 			id: fakeID, xen: x, store: dial(), mark: m,

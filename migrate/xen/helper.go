@@ -120,10 +120,27 @@ func (h *Helper) Round(ctx context.Context, send func(*migrate.Pages) error) (n 
 	}
 }
 
+// Again implements migrate.Guest: the helper's stream has a beginning only once.
+func (h *Helper) Again() error {
+	return errors.New("the checkpoint helper cannot send all memory again")
+}
+
+var errHelperHold = errors.New("the checkpoint helper cannot leave the guest standing")
+
+// Resume implements migrate.Guest.
+func (h *Helper) Resume() error { return errHelperHold }
+
 // Checkpoint implements migrate.Guest.
 func (h *Helper) Checkpoint(ctx context.Context, seal func() error, c *migrate.Capture) error {
+	if c.Hold {
+		return errHelperHold
+	}
 	c.Reset()
 	c.State = c.State[:0]
+	if c.SumsTook = 0; c.Sums != nil {
+		c.Sums.Reset()
+		c.Sums.Err = errors.New("the helper process cannot do that")
+	}
 	var cost migrate.Checkpoint
 	var err error
 	if h.first {
@@ -161,6 +178,16 @@ func (l *firstCheckpoint) rest(seal func() error, c *migrate.Capture) (migrate.C
 			c.State = append(c.State, l.state...)
 			return l.cost, l.err
 		}
+	}
+}
+
+// Ended implements migrate.Guest: the helper says so by its end.
+func (h *Helper) Ended() bool {
+	select {
+	case <-h.g.exited:
+		return errors.Is(h.g.err, migrate.ErrGuestGone)
+	default:
+		return false
 	}
 }
 

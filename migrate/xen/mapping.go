@@ -3,6 +3,7 @@ package xen
 import (
 	"context"
 	"errors"
+	"math/bits"
 	"runtime"
 	"sync"
 
@@ -20,9 +21,9 @@ type window interface {
 }
 
 const (
-	// mapSlots bounds the mappings: 4 GiB of a guest, a quarter of the mappings Linux
-	// lets one process have, 8 MiB of page tables.
-	mapSlots = 1 << 14
+	// mapSlots bounds the mappings: 12 GiB of a guest, three quarters of the mappings
+	// Linux lets one process have, 24 MiB of page tables.
+	mapSlots = 3 << 14
 	// A copy of fewer pages is over before another thread has woken up.
 	parallelPages = 256
 	// How many pages are copied between two looks at the context.
@@ -37,10 +38,18 @@ var errPinned = errors.New("no slot is free")
 // sys.SlotPages, a word of the dirty bitmap each.
 //
 // What is mapped is the memory that was at a pfn when it was mapped. Where the guest
-// gives a page back to Xen and gets another one, the old one stays mapped, and drop
-// must be called. Its methods are called by one goroutine.
+// gives a page back to Xen and gets another one, the old one stays mapped. But Xen does
+// not free a page that is mapped and counts it as the guest's still. So if count is as
+// much as Xen counts, the guest has no page but those mapped, and none is at another's
+// place; else distrust must be called before pages are copied. Only a guest that moved
+// memory from one pfn to another (XENMAPSPACE_gmfn) would deceive that; kernels for PVH
+// guests are not known to. Its methods are called by one goroutine.
 type mapping struct {
 	w     window
+	known func(chunk int) uint64 // the guest's own pages of a chunk; nil: all
+	count int                    // pages mapped that were known then
+	anew  bool                   // what was mapped before this pass must not be copied
+	pass  uint32
 	of    []int32 // slot+1 by chunk; 0: not mapped
 	slots []slot
 	used  int // slots from there on are empty
@@ -49,15 +58,13 @@ type mapping struct {
 
 	maps     int        // how often a chunk has been mapped
 	vanished []page.PFN // pages copyOut found without memory
-	// dropped: a chunk was unmapped, and with it what the guest had given back of it; so
-	// the number of its pages may have gone down without the guest's doing.
-	dropped bool
 }
 
 type slot struct {
 	chunk int32  // or -1
 	hot   bool   // used since the hand passed
 	gen   uint32 // of the last use: in the current one it must not be taken
+	pass  uint32 // in which it was mapped
 	ok    uint64 // pages that are there
 }
 
@@ -73,6 +80,15 @@ func (m *mapping) grow(limit uint64) {
 	}
 }
 
+// distrust has what is copied from now on mapped anew first, each chunk once until the
+// next call; or, if not bad, has what is mapped copied. The rest may stay mapped: Xen
+// marks the page that gets memory as changed, so it is copied, and mapped right, the
+// next time, and what is mapped and given back counts on both sides.
+func (m *mapping) distrust(bad bool) {
+	m.anew = bad
+	m.pass++
+}
+
 // have maps a page if it is not, and tells whether there is memory.
 func (m *mapping) have(p page.PFN) (bool, error) {
 	chunk := uint64(p) / sys.SlotPages
@@ -80,7 +96,7 @@ func (m *mapping) have(p page.PFN) (bool, error) {
 		return false, nil
 	}
 	i := int(m.of[chunk]) - 1
-	if i < 0 {
+	if i < 0 || m.anew && m.slots[i].pass != m.pass {
 		var err error
 		if i, err = m.load(int32(chunk)); err != nil {
 			return false, err
@@ -96,18 +112,28 @@ func (m *mapping) page(p page.PFN) *[page.Size]byte {
 	return m.w.Page(int(m.of[uint64(p)/sys.SlotPages])-1, int(uint64(p)%sys.SlotPages))
 }
 
+// load maps a chunk, anew if it is mapped.
 func (m *mapping) load(chunk int32) (int, error) {
-	i, err := m.free()
-	if err != nil {
-		return 0, err
+	i := int(m.of[chunk]) - 1
+	if i >= 0 {
+		m.empty(i)
+	} else {
+		var err error
+		if i, err = m.free(); err != nil {
+			return 0, err
+		}
 	}
 	ok, err := m.w.Map(i, uint64(chunk)*sys.SlotPages)
 	if err != nil {
 		m.slots[i] = slot{chunk: -1}
 		return 0, err
 	}
+	if m.known != nil {
+		ok &= m.known(int(chunk))
+	}
 	m.maps++
-	m.slots[i] = slot{chunk: chunk, ok: ok}
+	m.count += bits.OnesCount64(ok)
+	m.slots[i] = slot{chunk: chunk, pass: m.pass, ok: ok}
 	m.of[chunk] = int32(i) + 1
 	return i, nil
 }
@@ -129,25 +155,31 @@ func (m *mapping) free() (int, error) {
 		case s.hot:
 			s.hot = false
 		default:
-			m.of[s.chunk] = 0
-			s.chunk = -1
+			m.empty(i)
 			return i, nil
 		}
 	}
 	return 0, errPinned
 }
 
-// drop forgets the mapping of the chunk a page is in, so that it is mapped anew.
-func (m *mapping) drop(p page.PFN) {
+// again is have for a page that may have got or lost its memory: it is mapped anew.
+func (m *mapping) again(p page.PFN) (bool, error) {
 	chunk := uint64(p) / sys.SlotPages
-	if chunk >= uint64(len(m.of)) || m.of[chunk] == 0 {
-		return
+	if chunk >= uint64(len(m.of)) {
+		return false, nil
 	}
-	m.dropped = true
-	i := m.of[chunk] - 1
-	m.of[chunk] = 0
-	m.slots[i] = slot{chunk: -1}
-	m.w.Unmap(int(i)) // fails only where memory is so short that mapping fails next
+	if _, err := m.load(int32(chunk)); err != nil {
+		return false, err
+	}
+	return m.have(p)
+}
+
+// empty forgets what a slot shows.
+func (m *mapping) empty(i int) {
+	s := &m.slots[i]
+	m.of[s.chunk] = 0
+	m.count -= bits.OnesCount64(s.ok)
+	*s = slot{chunk: -1}
 }
 
 // dropAll unmaps all: what the guest has given back is freed.
@@ -155,11 +187,11 @@ func (m *mapping) dropAll() {
 	for i := range m.slots[:m.used] {
 		if c := m.slots[i].chunk; c >= 0 {
 			m.of[c] = 0
-			m.w.Unmap(i)
+			m.w.Unmap(i) // fails only where memory is so short that mapping fails next
 		}
 		m.slots[i] = slot{chunk: -1}
 	}
-	m.used, m.hand, m.dropped = 0, 0, false
+	m.used, m.hand, m.count = 0, 0, 0
 }
 
 // copyOut copies pages to data. Pages without memory are taken out of pfns and
@@ -188,8 +220,7 @@ func (m *mapping) copyOut(ctx context.Context, pfns []page.PFN, data []byte) (in
 			// It may have got memory after its chunk was mapped. What is to be copied of that
 			// chunk goes first, since it is mapped anew.
 			if err = flush(); err == nil {
-				m.drop(p)
-				ok, err = m.have(p)
+				ok, err = m.again(p)
 			}
 		}
 		if err != nil {

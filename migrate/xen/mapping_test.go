@@ -23,10 +23,13 @@ func TestMapping(t *testing.T) {
 		for range 20 {
 			for range rapid.IntRange(0, 200).Draw(t, "changes") {
 				p := page.PFN(rand.IntN(4096))
+				if rand.IntN(4) == 0 {
+					x.balloonOut(p)
+				}
 				x.populate(p)
-				m.drop(p)
 				x.write(p, byte(rand.IntN(256)))
 			}
+			m.distrust(rapid.IntRange(0, 1).Draw(t, "trusted") == 0 || m.count != x.total)
 			var want []page.PFN
 			seen := map[page.PFN]bool{}
 			for range rapid.IntRange(0, 1000).Draw(t, "asked") {

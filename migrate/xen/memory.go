@@ -59,6 +59,56 @@ func FindDomain(ctx context.Context, uuid string) (uint32, error) {
 	}
 }
 
+// EndDomain has the hypervisor end whatever domain of this host has the UUID, without
+// asking who manages it. Nil means that none runs any more.
+func EndDomain(ctx context.Context, uuid [16]byte) error {
+	store, err := xenstore.Dial()
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	ids, err := store.List(ctx, "/local/domain")
+	if err != nil {
+		return fmt.Errorf("list the domains: %w", err)
+	}
+	conn, err := sys.Open()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	for _, s := range ids {
+		id, err := strconv.ParseUint(s, 10, 15)
+		if err != nil || id == 0 {
+			continue
+		}
+		if err := endIf(conn, uint16(id), uuid); err != nil {
+			return fmt.Errorf("end domain %d: %w", id, err)
+		}
+	}
+	return nil
+}
+
+func endIf(conn *sys.Conn, id uint16, uuid [16]byte) error {
+	d, err := conn.Domain(id)
+	if errors.Is(err, sys.ErrNoDomain) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	info, err := d.Info()
+	switch {
+	case errors.Is(err, sys.ErrNoDomain):
+		return nil
+	case err != nil:
+		return err
+	case info.Handle != uuid || info.Dying:
+		return nil
+	}
+	return d.Destroy()
+}
+
 // OpenMemory opens the memory of a domain of this host.
 func OpenMemory(domid uint32) (*Memory, error) {
 	conn, err := sys.Open()
@@ -91,8 +141,7 @@ func (m *Memory) have(p page.PFN) (bool, error) {
 	m.m.gen++
 	ok, err := m.m.have(p)
 	if err == nil && !ok {
-		m.m.drop(p)
-		ok, err = m.m.have(p)
+		ok, err = m.m.again(p)
 	}
 	return ok, err
 }

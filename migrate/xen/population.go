@@ -13,6 +13,7 @@ const scanGap = 1024
 // just below 4 GiB, and nearly all between is a hole.
 type population struct {
 	words []uint64   // a bit for each pfn
+	marks []uint64   // those, and where changes were seen without memory of the guest's
 	pages int        // bits set
 	scan  []page.Run // where to look for dirty bits: all pages, and small holes
 	stale bool       // scan misses pages
@@ -20,9 +21,10 @@ type population struct {
 
 func (p *population) reset(limit uint64) {
 	if n := int(limit+63) / 64; n > len(p.words) {
-		p.words = make([]uint64, n)
+		p.words, p.marks = make([]uint64, n), make([]uint64, n)
 	} else {
 		clear(p.words)
+		clear(p.marks)
 	}
 	p.pages, p.stale = 0, true
 }
@@ -32,10 +34,27 @@ func (p *population) has(pfn page.PFN) bool {
 	return w < uint64(len(p.words)) && p.words[w]>>(uint64(pfn)%64)&1 != 0
 }
 
+// word is 64 pages in a row.
+func (p *population) word(i int) uint64 {
+	if i >= len(p.words) {
+		return 0
+	}
+	return p.words[i]
+}
+
 func (p *population) add(pfn page.PFN) {
 	if w := uint64(pfn) / 64; w < uint64(len(p.words)) && !p.has(pfn) {
 		p.words[w] |= 1 << (uint64(pfn) % 64)
 		p.pages++
+		p.note(pfn)
+	}
+}
+
+// note makes the page one that is scanned. Xen marks pages of its own as changed,
+// which it shows to the guest: without memory of the guest's, but to be counted.
+func (p *population) note(pfn page.PFN) {
+	if w := uint64(pfn) / 64; w < uint64(len(p.marks)) {
+		p.marks[w] |= 1 << (uint64(pfn) % 64)
 		p.stale = true
 	}
 }
@@ -53,7 +72,7 @@ func (p *population) remove(pfn page.PFN) {
 func (p *population) rescan() {
 	p.stale = false
 	p.scan = p.scan[:0]
-	for i, w := range p.words {
+	for i, w := range p.marks {
 		if w == 0 {
 			continue
 		}

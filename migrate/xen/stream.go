@@ -176,8 +176,3 @@ func LibxlHeader() []byte {
 	b = binary.LittleEndian.AppendUint32(b, 1) // LIBXC_CONTEXT
 	return binary.LittleEndian.AppendUint32(b, 0)
 }
-
-// End ends the libxc stream and the libxl stream around it.
-func End() []byte {
-	return make([]byte, 8+8) // an END record each, type 0 in both
-}

@@ -45,11 +45,13 @@ func standingOf(i sys.Info) standing {
 }
 
 // suspender suspends and resumes one guest. Whatever it begins it brings to an end
-// with the guest running, but for a guest that an operator has paused in the middle.
+// with the guest running, but for a guest that an operator has paused in the middle:
+// that one stays as it is until settle.
 type suspender struct {
 	id     uint16
 	xen    suspendControl
 	store  *xenstore.Client
+	dm     emulator        // nil: it has none
 	events <-chan struct{} // the guest's suspend event channel; nil: none
 	mark   *mark
 	look   time.Duration // lookInterval
@@ -60,6 +62,8 @@ type suspender struct {
 type suspendControl interface {
 	Info() (sys.Info, error)
 	Resume(fresh bool) error
+	Pause() error
+	Unpause() error
 }
 
 func (s *suspender) state() (standing, sys.Info, error) {
@@ -135,8 +139,20 @@ func (s *suspender) ask(ctx context.Context) error {
 	return s.store.Write(ctx, s.node(), "suspend")
 }
 
-// resume lets the guest run that suspend has made stand. fresh: see sys.Domain.
+// resume lets the guest run that suspend has made stand, and its device model before:
+// that one's failing is an error, but the guest is rather let run without. fresh: see
+// sys.Domain.
 func (s *suspender) resume(fresh bool) error {
+	var dmErr error
+	if s.dm != nil {
+		if st, _, err := s.state(); err == nil && st == suspended {
+			dmErr = s.dm.Continue()
+		}
+	}
+	return errors.Join(s.resumeGuest(fresh), dmErr)
+}
+
+func (s *suspender) resumeGuest(fresh bool) error {
 	var err error
 	for try := range 5 {
 		if try > 0 {
@@ -157,13 +173,50 @@ func (s *suspender) resume(fresh bool) error {
 			return s.mark.set(markRunning)
 		}
 	}
-	return fmt.Errorf("the guest stands and cannot be resumed: %w", err)
+	return fmt.Errorf("%w: %w", ErrStands, err)
+}
+
+// leaveEmulator leaves the device model as if there had been no checkpoint. That of a
+// guest that stands for somebody else is his: libxl ends the logging itself then, and
+// one too many would abort QEMU.
+func (s *suspender) leaveEmulator() error {
+	if s.dm == nil {
+		return nil
+	}
+	if st, _, err := s.state(); err != nil || st != running {
+		return err
+	}
+	if err := s.dm.Continue(); err != nil {
+		return err
+	}
+	return s.dm.Unlog()
 }
 
 // unsuspend ends a suspend that may be under way, with the guest running. It does so
 // even when ctx has ended. A guest that has seen the request will suspend, and nobody
 // but us would resume it: so it is let get there first.
-func (s *suspender) unsuspend(ctx context.Context) error {
+func (s *suspender) unsuspend(ctx context.Context) error { return s.end(ctx, false) }
+
+// ErrStands: a guest that was suspended could not be let go on.
+var ErrStands = errors.New("the guest stands and cannot be resumed")
+
+// settle is unsuspend for good. A guest that an operator has paused after it has seen
+// the request would stand suspended once he lets it go on, and nobody would know. So
+// it runs for the few milliseconds that it takes to get there, and is paused again, as
+// often as it was, before it is resumed: then it is as he has left it. How often that was
+// is known to this process only: if it is killed in these milliseconds the guest runs on.
+func (s *suspender) settle(ctx context.Context) error { return s.end(ctx, true) }
+
+func (s *suspender) end(ctx context.Context, settle bool) (err error) {
+	unpaused := 0
+	pause := func() {
+		for ; unpaused > 0; unpaused-- {
+			if perr := s.xen.Pause(); perr != nil && !errors.Is(perr, sys.ErrNoDomain) {
+				err = errors.Join(err, fmt.Errorf("pause the guest again: %w", perr))
+			}
+		}
+	}
+	defer pause()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.limit)
 	defer cancel()
 	unseen, err := s.withdraw(ctx)
@@ -178,15 +231,22 @@ func (s *suspender) unsuspend(ctx context.Context) error {
 		case st == gone:
 			return err
 		case st == suspended:
+			pause()
 			if rerr := s.resume(false); rerr != nil && !errors.Is(rerr, ErrBusy) {
 				err = errors.Join(err, rerr)
 			}
 			return err
 		case unseen:
 			return errors.Join(err, s.mark.set(markRunning))
-		case info.Paused:
-			// It will suspend when it is unpaused. The mark stays: Cleanup resumes it.
-			return errors.Join(err, errors.New("the guest is paused in the middle of suspending"))
+		case info.Paused && !settle:
+			return err // the mark stays
+		case info.Paused && ctx.Err() == nil:
+			if uerr := s.xen.Unpause(); uerr == nil {
+				unpaused++
+			} else if !errors.Is(uerr, syscall.EINVAL) { // the operator was sooner
+				return errors.Join(err, fmt.Errorf("let the guest run until it has suspended: %w", uerr))
+			}
+			continue
 		case ctx.Err() != nil:
 			if err == nil { // it has seen the request, and given up by itself
 				err = s.mark.set(markRunning)

@@ -3,6 +3,7 @@ package xen
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"kemari/migrate/page"
 )
@@ -97,6 +98,29 @@ func AppendHVMParams(b []byte, params []HVMParam) []byte {
 	return b
 }
 
+// The libxl stream's record of a device model's state: behind the libxc stream.
+const (
+	emulatorRecord = 3 // EMULATOR_CONTEXT
+	emulatorQEMU   = 2 // EMULATOR_QEMU_UPSTREAM
+	emulatorHeader = 8 // which emulator, and the how manieth
+)
+
+// appendEmulator appends the end of the libxc stream, and the record of the libxl stream
+// with the device model's state, which state appends.
+func appendEmulator(b []byte, state func([]byte) ([]byte, error)) ([]byte, error) {
+	b = AppendRecord(b, RecordEnd, nil)
+	at := len(b)
+	b = appendRecordHeader(b, emulatorRecord, 0)
+	b = binary.LittleEndian.AppendUint64(b, emulatorQEMU)
+	b, err := state(b)
+	if err != nil {
+		return b, err
+	}
+	n := len(b) - at - 8
+	binary.LittleEndian.PutUint32(b[at+4:], uint32(n))
+	return pad(b, n), nil
+}
+
 // headRecords are the records of a stream's head, in order.
 var headRecords = []RecordType{RecordCPUIDPolicy, RecordMSRPolicy, RecordStaticDataEnd}
 
@@ -115,33 +139,71 @@ func CheckHead(b []byte) error {
 	return checkRecords(b[HeadersSize:], headRecords)
 }
 
-// CheckState checks the state of a checkpoint: TSC_INFO, HVM_CONTEXT and
-// HVM_PARAMS, whole and nothing else.
-func CheckState(b []byte) error { return checkRecords(b, stateRecords) }
+// CheckState checks the state of a checkpoint: TSC_INFO, HVM_CONTEXT and HVM_PARAMS,
+// whole and nothing else; if the guest has a device model END and that one's
+// EMULATOR_CONTEXT behind them.
+func CheckState(b []byte, deviceModel bool) error {
+	if !deviceModel {
+		return checkRecords(b, stateRecords)
+	}
+	// Up to the record of the libxl stream it is the libxc stream.
+	rest, err := cutRecords(b, append(slices.Clip(stateRecords), RecordEnd))
+	if err != nil {
+		return err
+	}
+	if len(rest) <= 8+emulatorHeader {
+		return fmt.Errorf("%w: without the device model's state", ErrStream)
+	}
+	size := binary.LittleEndian.Uint32(rest[4:])
+	switch {
+	case binary.LittleEndian.Uint32(rest) != emulatorRecord || binary.LittleEndian.Uint64(rest[8:]) != emulatorQEMU:
+		return fmt.Errorf("%w: what follows is not the state of QEMU", ErrStream)
+	case size <= emulatorHeader || size > maxEmulator+emulatorHeader || int64(len(rest)) != 8+int64(size+7)&^7:
+		return fmt.Errorf("%w: a device model's state of %d bytes in %d", ErrStream, size, len(rest))
+	}
+	return nil
+}
+
+// AppendTail appends what ends the streams of a guest that is to run from a state that
+// CheckState has let pass.
+func AppendTail(b, state []byte, deviceModel bool) []byte {
+	b = append(b, state...)
+	if !deviceModel {
+		b = AppendRecord(b, RecordEnd, nil)
+	}
+	return AppendRecord(b, RecordEnd, nil) // of the libxl stream, which looks the same
+}
 
 // checkRecords checks that b is a sequence of whole records of just these types.
 func checkRecords(b []byte, want []RecordType) error {
+	rest, err := cutRecords(b, want)
+	if err == nil && len(rest) > 0 {
+		err = fmt.Errorf("%w: %d bytes too many", ErrStream, len(rest))
+	}
+	return err
+}
+
+// cutRecords checks that b begins with whole records of just these types, and returns
+// the rest.
+func cutRecords(b []byte, want []RecordType) ([]byte, error) {
 	for _, t := range want {
 		if len(b) < 8 {
-			return fmt.Errorf("%w: ends before its record %#x", ErrStream, uint32(t))
+			return nil, fmt.Errorf("%w: ends before its record %#x", ErrStream, uint32(t))
 		}
 		if got := RecordType(binary.LittleEndian.Uint32(b)); got != t {
-			return fmt.Errorf("%w: record %#x, want %#x", ErrStream, uint32(got), uint32(t))
+			return nil, fmt.Errorf("%w: record %#x, want %#x", ErrStream, uint32(got), uint32(t))
 		}
 		size := binary.LittleEndian.Uint32(b[4:])
 		padded := 8 + int64(size+7)&^7
 		if size > MaxRecord || int64(len(b)) < padded {
-			return fmt.Errorf("%w: record %#x of %d bytes in %d", ErrStream, uint32(t), size, len(b))
+			return nil, fmt.Errorf("%w: record %#x of %d bytes in %d", ErrStream, uint32(t), size, len(b))
 		}
 		if err := checkBody(t, b[8:8+size]); err != nil {
-			return err
+			return nil, err
 		}
 		b = b[padded:]
 	}
-	if len(b) > 0 {
-		return fmt.Errorf("%w: %d bytes too many", ErrStream, len(b))
-	}
-	return nil
+	return b, nil
 }
 
 // checkBody checks the sizes that libxenguest's restore insists on.
@@ -152,7 +214,7 @@ func checkBody(t RecordType, b []byte) error {
 		ok = len(b) > 0 && len(b)%24 == 0
 	case RecordMSRPolicy:
 		ok = len(b) > 0 && len(b)%16 == 0
-	case RecordStaticDataEnd:
+	case RecordStaticDataEnd, RecordEnd:
 		ok = len(b) == 0
 	case RecordTSCInfo:
 		ok = len(b) == 24

@@ -84,7 +84,7 @@ func TestWriteRead(t *testing.T) {
 		if !slices.Equal(gotPFNs, pfns) || !bytes.Equal(gotData, data) || s.Partial() {
 			t.Fatalf("%d pages back of %d", len(gotPFNs), n)
 		}
-		if err := CheckState(state); err != nil {
+		if err := CheckState(state, false); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -104,8 +104,9 @@ func TestChecks(t *testing.T) {
 		good  []byte
 		check func([]byte) error
 	}{
-		"head":  {goodHead(), CheckHead},
-		"state": {goodState(), CheckState},
+		"head":                   {goodHead(), CheckHead},
+		"state":                  {goodState(), func(b []byte) error { return CheckState(b, false) }},
+		"state and device model": {goodEmulated(), func(b []byte) error { return CheckState(b, true) }},
 	} {
 		if err := c.check(c.good); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -128,8 +129,55 @@ func TestChecks(t *testing.T) {
 	lying := goodState()
 	i := bytes.Index(lying, []byte{byte(RecordHVMParams), 0, 0, 0, 40})
 	lying[i+8] = 3
-	if err := CheckState(lying); !errors.Is(err, ErrStream) {
+	if err := CheckState(lying, false); !errors.Is(err, ErrStream) {
 		t.Errorf("lying count: %v", err)
+	}
+	for name, c := range map[string]struct {
+		state       []byte
+		deviceModel bool
+	}{
+		"of an HVM guest for a PVH guest":  {goodEmulated(), false},
+		"of a PVH guest for an HVM guest":  {goodState(), true},
+		"of another emulator":              {replaced(goodEmulated(), "\x02\x00\x00\x00\x00\x00\x00\x00QEVM", "\x01\x00\x00\x00\x00\x00\x00\x00QEVM"), true},
+		"of an emulator's twin":            {replaced(goodEmulated(), "\x02\x00\x00\x00\x00\x00\x00\x00QEVM", "\x02\x00\x00\x00\x01\x00\x00\x00QEVM"), true},
+		"of an emulator that says nothing": {replaced(goodEmulated(), "\x11\x00\x00\x00\x02", "\x08\x00\x00\x00\x02"), true},
+		"with another record":              {append(goodEmulated(), make([]byte, 8)...), true},
+	} {
+		if err := CheckState(c.state, c.deviceModel); !errors.Is(err, ErrStream) {
+			t.Errorf("a state %s: %v", name, err)
+		}
+	}
+}
+
+func replaced(b []byte, from, to string) []byte {
+	return bytes.Replace(b, []byte(from), []byte(to), 1)
+}
+
+func goodEmulated() []byte {
+	b, err := appendEmulator(goodState(), func(b []byte) ([]byte, error) { return append(b, "QEVM said"...), nil })
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+// TestTail holds what ends the streams to bytes written down by hand: the libxc
+// stream's END, the libxl stream's EMULATOR_CONTEXT if there is a device model, and its
+// END.
+func TestTail(t *testing.T) {
+	end := "\x00\x00\x00\x00\x00\x00\x00\x00"
+	for deviceModel, want := range map[bool]string{
+		false: end + end,
+		true: end + "\x03\x00\x00\x00\x11\x00\x00\x00" + "\x02\x00\x00\x00\x00\x00\x00\x00QEVM said" +
+			"\x00\x00\x00\x00\x00\x00\x00" + end,
+	} {
+		state := goodState()
+		if deviceModel {
+			state = goodEmulated()
+		}
+		if got := AppendTail([]byte("x"), state, deviceModel); string(got) != "x"+string(goodState())+want {
+			t.Errorf("device model %v: %x", deviceModel, got)
+		}
 	}
 }
 
@@ -162,8 +210,9 @@ func FuzzCheckHead(f *testing.F) {
 
 func FuzzCheckState(f *testing.F) {
 	f.Add(goodState())
+	f.Add(goodEmulated())
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if CheckState(b) == nil && (len(b) < 8+24+8+8+8+8 || len(b)%8 != 0) {
+		if (CheckState(b, false) == nil || CheckState(b, true) == nil) && (len(b) < 8+24+8+8+8+8 || len(b)%8 != 0) {
 			t.Errorf("took %d bytes", len(b))
 		}
 	})

@@ -105,6 +105,39 @@ func newApp(h *host) *cli.App {
 				Action:       h.failoverCommand,
 			},
 			{
+				Name:      "switchover",
+				Usage:     "on the primary: hand a guest over to its standby",
+				ArgsUsage: "DOMAIN",
+				Description: "For planned work on this host. The guest goes on at its standby, with all that it\n" +
+					"has ever sent out on its way, and stands still meanwhile as in a migration. Then\n" +
+					"that host protects it by this one, with the same settings. The same as\n" +
+					"virsh migrate --live DOMAIN URI-OF-ITS-STANDBY.\n\n" +
+					"Exit status: 0 if it runs there and is being protected by this host, 3 if it runs\n" +
+					"there and is not, 1 if it was not handed over: it goes on here then.\n\n" +
+					"Examples:\n   kemari switchover g1\n   kemari switchover g1 --json",
+				Flags:        []cli.Flag{connect, asJSON, root},
+				BashComplete: h.completeDomains,
+				Action:       h.switchoverCommand,
+			},
+			{
+				Name:      "verify",
+				Usage:     "on the primary: compare the standby's memory with the guest's",
+				ArgsUsage: "DOMAIN",
+				Description: "Compares every page of the guest with the standby's copy, at one checkpoint. For\n" +
+					"that checkpoint the guest stands while all of its memory is read, longer than for\n" +
+					"others: some tenths of a second for each GiB, many times that on an emulated\n" +
+					"host. What it sends is held until the standby has read its copy, too. It stays\n" +
+					"protected.\n\n" +
+					"Pages that others write to at any time, such as the rings of its devices, are\n" +
+					"named apart and are no fault.\n\n" +
+					"Exit status: 0 if all pages are equal, 1 if some differ, 2 if this could not be\nfound out.\n\n" +
+					"Examples:\n   kemari verify g1\n   kemari verify g1 --json",
+				Flags:        []cli.Flag{asJSON, root},
+				BashComplete: h.completeDomains,
+				OnUsageError: func(_ *cli.Context, err error, _ bool) error { return unverified(err) },
+				Action:       func(c *cli.Context) error { return unverified(h.verifyCommand(c)) },
+			},
+			{
 				Name:      "check",
 				Usage:     "tell whether a guest can be protected, and if not, why",
 				ArgsUsage: "[DOMAIN...] | DOMAIN URI",

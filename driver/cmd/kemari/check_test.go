@@ -88,7 +88,7 @@ func TestShownElement(t *testing.T) {
 }
 
 func TestCompletions(t *testing.T) {
-	all := []string{"--kemari", "--kemari-trigger", "--kemari-min", "--kemari-max", "--kemari-heartbeat", "--kemari-timeout", "--kemari-arbiter"}
+	all := []string{"--kemari", "--kemari-transport", "--kemari-trigger", "--kemari-min", "--kemari-max", "--kemari-paused", "--kemari-heartbeat", "--kemari-timeout", "--kemari-arbiter"}
 	for _, tt := range []struct {
 		words           []string
 		theirs, offered []string

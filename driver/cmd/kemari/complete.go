@@ -16,8 +16,9 @@ import (
 
 // optionValues are those of our options that take one of a few words.
 var optionValues = map[string][]string{
-	"kemari-trigger": {xml.TriggerOutput, xml.TriggerInterval},
-	"kemari-arbiter": {xml.ArbiterNone},
+	"kemari-transport": xml.Transports,
+	"kemari-trigger":   {xml.TriggerOutput, xml.TriggerInterval},
+	"kemari-arbiter":   {xml.ArbiterNone},
 }
 
 // completed returns the words to complete, if they are those of migrate.

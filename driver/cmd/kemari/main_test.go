@@ -67,6 +67,7 @@ type libvirt struct {
 	openErr error
 	protect func(virt.Protection) error
 	abort   func() error
+	hand    func(uuid, uri string) error
 
 	examination *driver.Examination
 	examineErr  error
@@ -121,6 +122,8 @@ func (l *libvirt) Protect(_ string, p virt.Protection) error {
 	}
 	return l.protect(p)
 }
+
+func (l *libvirt) Switchover(uuid, uri string) error { return l.hand(uuid, uri) }
 
 func (l *libvirt) Abort(string) error {
 	if l.abort == nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -92,9 +93,11 @@ var options = []option{
 	{name: "tls-destination", kind: text, refused: whyTLS},
 
 	{name: "kemari", help: "protect the guest: let the destination take over when this host is lost"},
+	{name: "kemari-transport", kind: nameOnly, arg: "string", help: "what connects the hosts: tls (default), pki (TLS with libvirt's certificates) or tcp (in the clear)"},
 	{name: "kemari-trigger", kind: nameOnly, arg: "string", help: "what triggers a checkpoint: output (default) or interval"},
 	{name: "kemari-min", kind: nameOnly, arg: "number", help: "shortest time between two checkpoints, in ms"},
 	{name: "kemari-max", kind: nameOnly, arg: "number", help: "longest time between two checkpoints, in ms"},
+	{name: "kemari-paused", kind: nameOnly, arg: "number", help: "percent of its time that the guest stands still for checkpoints at most"},
 	{name: "kemari-heartbeat", kind: nameOnly, arg: "number", help: "how often the hosts show that they live, in ms"},
 	{name: "kemari-timeout", kind: nameOnly, arg: "number", help: "how long silence is borne, in ms"},
 	{name: "kemari-arbiter", kind: nameOnly, arg: "string", help: "none: let silence alone decide that this host is lost"},
@@ -218,8 +221,9 @@ func nextData(seen map[string]bool) string {
 
 // settings change single parts of the element; nil leaves them alone.
 type settings struct {
-	trigger                      *string
+	transport, trigger           *string
 	min, max, heartbeat, timeout *time.Duration
+	paused                       *int // percent
 	arbiterNone                  bool
 }
 
@@ -243,6 +247,20 @@ func (s *settings) parse(prefix string, values map[string]string) error {
 		ms := time.Duration(n) * time.Millisecond
 		*f.to = &ms
 	}
+	if v, ok := values[key+"paused"]; ok {
+		n, err := strconv.ParseUint(v, 10, 31)
+		if err != nil {
+			return fmt.Errorf("numeric value '%s' for <%spaused> option is malformed or out of range", v, key)
+		}
+		percent := int(n)
+		s.paused = &percent
+	}
+	if v, ok := values[key+"transport"]; ok {
+		if !slices.Contains(xml.Transports, v) {
+			return fmt.Errorf("%stransport '%s' is unknown; allowed: %s", prefix, v, strings.Join(xml.Transports, ", "))
+		}
+		s.transport = &v
+	}
 	if v, ok := values[key+"trigger"]; ok {
 		if v != xml.TriggerOutput && v != xml.TriggerInterval {
 			return fmt.Errorf("%strigger '%s' is unknown; allowed: output, interval", prefix, v)
@@ -260,6 +278,9 @@ func (s *settings) parse(prefix string, values map[string]string) error {
 
 // apply changes e.
 func (s *settings) apply(e *xml.Element) {
+	if s.transport != nil {
+		e.Transport = *s.transport
+	}
 	if s.trigger != nil {
 		e.Checkpoint.Trigger = *s.trigger
 	}
@@ -270,6 +291,9 @@ func (s *settings) apply(e *xml.Element) {
 		if c.from != nil {
 			*c.to = *c.from
 		}
+	}
+	if s.paused != nil {
+		e.Checkpoint.Paused = *s.paused
 	}
 	if s.arbiterNone {
 		e.Arbiter = &xml.Arbiter{Type: xml.ArbiterNone, Automatic: true}

@@ -23,6 +23,7 @@ type hypervisor interface {
 	List() ([]virt.Domain, error)
 	XML(uuid string, secrets bool) (string, error)
 	Protect(uuid string, p virt.Protection) error
+	Switchover(uuid, uri string) error
 	Abort(uuid string) error
 	Close() error
 }
@@ -165,17 +166,18 @@ func (h *host) begin(ctx context.Context, hv hypervisor, connect string, dom vir
 	}()
 	var bar progress
 	defer bar.finish()
-	tick := time.NewTicker(h.poll)
-	defer tick.Stop()
+	var look <-chan time.Time
+	if p.progress && hostOf(connect) == "" { // what runs on another host cannot be watched from here
+		tick := time.NewTicker(h.poll)
+		defer tick.Stop()
+		look = tick.C
+	}
 	for {
 		select {
 		case err := <-done:
 			return err
-		case <-tick.C:
-			// What runs on another host cannot be watched from here.
-			if p.progress && hostOf(connect) == "" {
-				bar.show(h.err, h.look(dom.UUID))
-			}
+		case <-look:
+			bar.show(h.err, h.look(dom.UUID))
 		case <-ctx.Done():
 			bar.finish()
 			fmt.Fprintf(h.err, "interrupted: ending the protection of '%s'\n", dom.Name)
@@ -242,6 +244,9 @@ func (h *host) warn(domain string, e *xml.Element, prefix string) {
 			domain, domain, hostOf(e.Standby.URI), prefix)
 	case e.Arbiter.Type == xml.ArbiterNone:
 		fmt.Fprintln(h.err, "warning: no arbiter: two hosts that lose sight of each other may both run the guest")
+	}
+	if e.Transport == xml.TransportTCP {
+		fmt.Fprintln(h.err, "warning: transport tcp: whoever can read or change what passes between the hosts can read and change the guest")
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 
 const (
 	protectedLine = "Domain 'g1' is protected by xen2 (kemari+ssh://xen2/system)\n"
+	tcpLine       = "warning: transport tcp: whoever can read or change what passes between the hosts can read and change the guest\n"
 	riskLine      = "warning: no arbiter: two hosts that lose sight of each other may both run the guest\n"
 )
 
@@ -47,10 +48,11 @@ func TestProtect(t *testing.T) {
 		},
 		{
 			name:    "all options",
-			virsh:   "-c xen:///system migrate --kemari g1 " + xen2 + " --kemari-trigger interval --kemari-min 10 --kemari-max 20 --kemari-heartbeat 30 --kemari-timeout 3000 --kemari-arbiter none --migrateuri tcp://10.0.0.2",
+			virsh:   "-c xen:///system migrate --kemari g1 " + xen2 + " --kemari-transport pki --kemari-trigger interval --kemari-min 10 --kemari-max 20 --kemari-paused 40 --kemari-heartbeat 30 --kemari-timeout 3000 --kemari-arbiter none --migrateuri tcp://10.0.0.2",
 			connect: defaultURI,
 			want: func(e *xml.Element) {
-				e.Checkpoint = xml.Checkpoint{Trigger: "interval", Min: 10 * time.Millisecond, Max: 20 * time.Millisecond}
+				e.Transport = xml.TransportPKI
+				e.Checkpoint = xml.Checkpoint{Trigger: "interval", Min: 10 * time.Millisecond, Max: 20 * time.Millisecond, Paused: 40}
 				e.Heartbeat = xml.Heartbeat{Interval: 30 * time.Millisecond, Timeout: 3 * time.Second}
 				automatic(e)
 			},
@@ -58,12 +60,13 @@ func TestProtect(t *testing.T) {
 		},
 		{
 			name:   "options of the other face, after the words",
-			kemari: "protect g1 " + xen2 + " --trigger interval --min=10 --max 20 --arbiter none --migrateuri tcp://10.0.0.2 -c xen+ssh://xen1/system",
+			kemari: "protect g1 " + xen2 + " --trigger interval --min=10 --max 20 --transport tcp --arbiter none --migrateuri tcp://10.0.0.2 -c xen+ssh://xen1/system",
 			want: func(e *xml.Element) {
-				e.Checkpoint = xml.Checkpoint{Trigger: "interval", Min: 10 * time.Millisecond, Max: 20 * time.Millisecond}
+				e.Transport = xml.TransportTCP
+				e.Checkpoint = xml.Checkpoint{Trigger: "interval", Min: 10 * time.Millisecond, Max: 20 * time.Millisecond, Paused: 30}
 				automatic(e)
 			},
-			connect: "kemari+ssh://xen1/system", dataURI: "tcp://10.0.0.2", out: protectedLine, err: riskLine,
+			connect: "kemari+ssh://xen1/system", dataURI: "tcp://10.0.0.2", out: protectedLine, err: riskLine + tcpLine,
 		},
 		{
 			name: "changes to the domain's own",

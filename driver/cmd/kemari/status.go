@@ -142,11 +142,19 @@ func (h *host) table(all []control.Status) {
 			}
 			fmt.Fprintln(h.out)
 		}
+		if s.SwitchedOver != "" {
+			fmt.Fprintf(h.out, "\n%s (%s): handed over; it runs on %s now", who, s.Role, s.SwitchedOver)
+			if s.Hint != "" && s.Error == "" {
+				fmt.Fprintf(h.out, "; %s", s.Hint)
+			}
+			fmt.Fprintln(h.out)
+		}
 		if f := s.Failover; f != nil {
 			fmt.Fprintf(h.out, "\n%s (%s): took over at %s: %s; noticed after %s, running again after another %s\n",
 				who, s.Role, f.At.Local().Format(time.DateTime), f.Reason, ms(f.Detect), ms(f.Takeover))
 		}
-		if s.Risk != "" && s.Phase != control.Ended {
+		// It is that of a protection: the guest that was taken over has none yet.
+		if s.Risk != "" && s.Phase != control.Ended && s.Phase != control.Active {
 			fmt.Fprintf(h.out, "\n%s (%s): risk: %s\n", who, s.Role, s.Risk)
 		}
 	}

@@ -52,7 +52,7 @@ func TestStatus(t *testing.T) {
 	})
 	at := time.Date(2026, 7, 1, 12, 0, 0, 0, time.Local)
 	ended(t, h, control.Status{
-		Role: control.Standby, Domain: "g4", UUID: "00000000-0000-4000-8000-0000000000a4", Phase: control.Active, Peer: "xen9",
+		Role: control.Standby, Domain: "g4", UUID: "00000000-0000-4000-8000-0000000000a4", Phase: control.Active, Peer: "xen9", Risk: "both hosts may run the guest",
 		Failover: &control.Failover{Reason: "no heartbeat", At: at, Detect: 3_000_000, Takeover: 1_100_000},
 	})
 	// One that died without a word, one that was never begun, and a stray file.
@@ -157,6 +157,78 @@ func TestFailover(t *testing.T) {
 			code := kemari(t.Context(), h, append([]string{"failover"}, strings.Fields(tt.args)...))
 			if (code == 0) != (tt.out != "") || out.String() != tt.out || !strings.Contains(errs.String(), tt.err) {
 				t.Errorf("exit status %d, output %q, errors %q; want %q, %q", code, out, errs, tt.out, tt.err)
+			}
+		})
+	}
+}
+
+func TestVerify(t *testing.T) {
+	equal := &control.Verified{Epoch: 1234, Pages: 32768, Pause: 412_000}
+	for _, tt := range []struct {
+		name, args string
+		role       control.Role // "" is none here
+		phase      control.Phase
+		answer     *control.Verified
+		fails      error
+		code       int
+		out, err   string
+	}{
+		{name: "equal", args: "g1", role: control.Primary, answer: equal,
+			out: "g1: epoch 1234: 32768 pages compared, all equal (paused 0.41 s)\n"},
+		{name: "differ", args: uuid1, role: control.Primary, code: 1, answer: &control.Verified{
+			Epoch: 7, Pages: 100, Pause: 9_000, Differ: 2, Differing: []string{"0x1f", "0xfeffc"}, Missing: 1,
+			Shared: 1, SharedPages: []control.SharedPage{{Page: "0x9", By: "console ring"}}, Moved: 3, Unread: 4, Note: "it is late"},
+			out: "g1: epoch 7: 100 pages compared, 2 differ (paused 0.01 s)\n" +
+				"  2 differ: 0x1f, 0xfeffc\n" +
+				"  1 of those that differ are not there at all\n" +
+				"  1 differ that others write to at any time, which is no fault: 0x9 (console ring)\n" +
+				"  3 were written to by others while the guest stood, and compared as of the checkpoint\n" +
+				"  4 were left out: they could not be read, and no checkpoint has them\n" +
+				"  note: it is late\n"},
+		{name: "many", args: "g1", role: control.Primary, code: 1, answer: &control.Verified{Pages: 100, Differ: 65, Differing: []string{"0x1"}},
+			out: "g1: epoch 0: 100 pages compared, 65 differ (paused 0.00 s)\n  65 differ: 0x1, …\n"},
+		{name: "shared", args: "g1", role: control.Primary, answer: &control.Verified{Pages: 100, Shared: 1, SharedPages: []control.SharedPage{{Page: "0x9", By: "xenstore ring"}}},
+			out: "g1: epoch 0: 100 pages compared, all equal but for shared ones (paused 0.00 s)\n" +
+				"  1 differ that others write to at any time, which is no fault: 0x9 (xenstore ring)\n"},
+		{name: "cannot", args: "g1", role: control.Primary, fails: errors.New("the connection broke"), code: 2, err: "error: verify domain 'g1': the connection broke\n"},
+		{name: "too old", args: "g1", role: control.Primary, code: 2, err: "before Kemari was upgraded"},
+		{name: "standby", args: "g1", role: control.Standby, code: 2, err: "error: this host is the standby of domain 'g1'; say this on xen1, where it runs\n"},
+		{name: "ended", args: "g1", role: control.Primary, phase: control.Ended, code: 2, err: "domain 'g1' is not protected"},
+		{name: "nobody", args: "g1", code: 2, err: "domain 'g1' is not protected"},
+		{name: "no domain", code: 2, err: "no DOMAIN given"},
+		{name: "two", args: "g1 g2", code: 2, err: "unexpected 'g2'"},
+		{name: "no such option", args: "g1 --speed", code: 2, err: "flag provided but not defined: -speed"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h, _, out, errs := newHost(t)
+			if tt.phase == "" {
+				tt.phase = control.Protected
+			}
+			if tt.role != "" {
+				s := control.Status{Role: tt.role, Domain: "g1", UUID: uuid1, Phase: tt.phase, Peer: "xen1"}
+				running(t, h, s, func(_ context.Context, op control.Op) (control.Status, error) {
+					if op == control.OpVerify {
+						s.Verified = tt.answer
+						return s, tt.fails
+					}
+					return s, nil
+				})
+			}
+			args := append([]string{"verify"}, strings.Fields(tt.args)...)
+			if code := kemari(t.Context(), h, args); code != tt.code || out.String() != tt.out || !strings.Contains(errs.String(), tt.err) || errs.Len() > 0 != (tt.err != "") {
+				t.Errorf("exit status %d, output %q, errors %q; want %d, %q, %q", code, out, errs, tt.code, tt.out, tt.err)
+			}
+			if tt.answer == nil {
+				return
+			}
+			out.Reset()
+			var got verified
+			code := kemari(t.Context(), h, append(args, "--json"))
+			if err := json.Unmarshal(out.Bytes(), &got); err != nil || code != tt.code || got.Domain != "g1" || got.UUID != uuid1 || got.Equal != (code == 0) {
+				t.Errorf("exit status %d, %v, %s", code, err, out)
+			}
+			if d := cmp.Diff(tt.answer, got.Verified); d != "" {
+				t.Error(d)
 			}
 		})
 	}

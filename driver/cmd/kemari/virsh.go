@@ -90,9 +90,12 @@ func self() (os.FileInfo, error) {
 	return os.Stat(exe)
 }
 
+// diverted is what dpkg-divert adds to a file's name.
+const diverted = ".distrib"
+
 // realVirsh is the virsh that stands behind this program in the path list, else
-// /usr/bin/virsh. Only looking onwards, two copies of this program cannot start
-// each other for ever.
+// /usr/bin/virsh. Where this program has its place, dpkg-divert may have put it aside.
+// Only looking onwards, two copies of this program cannot start each other for ever.
 func realVirsh(list string, self func() (os.FileInfo, error)) (string, error) {
 	me, err := self()
 	if err != nil {
@@ -105,11 +108,12 @@ func realVirsh(list string, self func() (os.FileInfo, error)) (string, error) {
 		}
 		path := filepath.Join(dir, "virsh")
 		fi, err := os.Stat(path)
-		switch {
-		case err != nil || !fi.Mode().IsRegular() || fi.Mode()&0o111 == 0:
-		case os.SameFile(fi, me):
+		if err == nil && os.SameFile(fi, me) {
 			found = ""
-		case found == "":
+			path += diverted
+			fi, err = os.Stat(path)
+		}
+		if err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 && !os.SameFile(fi, me) && found == "" {
 			found = path
 		}
 	}

@@ -209,6 +209,23 @@ func TestRealVirsh(t *testing.T) {
 	if got, err := realVirsh(strings.Join(path[:6], ":"), self); err == nil && got != "/usr/bin/virsh" {
 		t.Errorf("found %s", got)
 	}
+	// Where the package has put it aside.
+	aside := filepath.Join(dir, "link", "virsh.distrib")
+	if err := os.WriteFile(aside, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := realVirsh(strings.Join(path, ":"), self); err != nil || got != aside {
+		t.Errorf("found %s, %v; want %s", got, err, aside)
+	}
+	if err := os.Remove(aside); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(me, aside); err != nil { // which would start itself for ever
+		t.Fatal(err)
+	}
+	if got, err := realVirsh(strings.Join(path, ":"), self); err != nil || got != other {
+		t.Errorf("found %s, %v; want %s", got, err, other)
+	}
 	if _, err := realVirsh(dir, func() (os.FileInfo, error) { return nil, os.ErrNotExist }); err == nil {
 		t.Error("found a virsh that may be ourselves")
 	}

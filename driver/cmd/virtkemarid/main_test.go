@@ -30,7 +30,15 @@ func TestMain(m *testing.M) {
 }
 
 // daemon is virtkemarid as a process of its own, in front of a libvirtd.
-type daemon struct{ rw, ro string }
+type daemon struct {
+	rw, ro string
+	root   string // of the run-time folders
+
+	t   testing.TB
+	cmd *exec.Cmd
+	log *os.File
+	up  string
+}
 
 // startDaemon starts one in front of upstream, a socket of a daemon with
 // test:///default.
@@ -41,37 +49,49 @@ func startDaemon(t testing.TB, upstream string) *daemon {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &daemon{rw: filepath.Join(dir, "s"), ro: filepath.Join(dir, "s-ro")}
-	cmd := exec.Command(os.Args[0], "--upstream-uri", "test:///default", "--upstream-socket", upstream,
-		"--socket", d.rw, "--socket-ro", d.ro, "--root", dir)
-	log, err := os.Create(filepath.Join(dir, "log"))
-	if err != nil {
+	d := &daemon{rw: filepath.Join(dir, "s"), ro: filepath.Join(dir, "s-ro"), root: dir, t: t, up: upstream}
+	if d.log, err = os.Create(filepath.Join(dir, "log")); err != nil {
 		t.Fatal(err)
 	}
-	cmd.Env, cmd.Stderr = append(os.Environ(), beDaemon+"=1"), log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	d.start()
 	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil {
+		d.cmd.Process.Signal(syscall.SIGTERM)
+		if err := d.cmd.Wait(); err != nil {
 			t.Errorf("virtkemarid: %v", err)
 		}
-		if b, err := os.ReadFile(log.Name()); t.Failed() && err == nil {
+		if b, err := os.ReadFile(d.log.Name()); t.Failed() && err == nil {
 			t.Logf("log of virtkemarid:\n%.4000s", b)
 		}
-		log.Close()
+		d.log.Close()
 	})
+	return d
+}
+
+// start starts the process and returns when it listens.
+func (d *daemon) start() {
+	d.t.Helper()
+	d.cmd = exec.Command(os.Args[0], "--upstream-uri", "test:///default", "--upstream-socket", d.up,
+		"--socket", d.rw, "--socket-ro", d.ro, "--root", d.root)
+	d.cmd.Env, d.cmd.Stderr = append(os.Environ(), beDaemon+"=1"), d.log
+	if err := d.cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		c, err := net.Dial("unix", d.ro)
 		if err == nil {
 			c.Close()
-			return d
+			return
 		}
 		if time.Now().After(end) {
-			t.Fatal(err)
+			d.t.Fatal(err)
 		}
 	}
+}
+
+// kill ends it as a fault would, so that it can be started again.
+func (d *daemon) kill() {
+	d.cmd.Process.Kill()
+	d.cmd.Wait()
 }
 
 func TestReadOnly(t *testing.T) {

@@ -6,6 +6,8 @@ import (
 	"crypto/tls"
 	"net"
 	"sync"
+
+	"kemari/migrate/control"
 )
 
 // tlsConn is a TLS connection that needs a system call per frame and not one per
@@ -17,16 +19,47 @@ type tlsConn struct {
 	mu    sync.Mutex
 }
 
-// secure makes c, a connection of ours or theirs, a TLS connection.
-func secure(ctx context.Context, c net.Conn, tc *tls.Config, make func(net.Conn, *tls.Config) *tls.Conn) (*tlsConn, error) {
-	under := &corked{Conn: c, r: bufio.NewReaderSize(c, 256<<10), w: bufio.NewWriterSize(c, 512<<10)}
-	t := &tlsConn{Conn: make(under, tc), under: under}
-	if err := t.HandshakeContext(ctx); err != nil {
-		c.Close()
-		return nil, err
+// securer returns what makes sure of who is at the other end of a connection, of ours
+// to the standby or of the primary's to us, by the means the channel has. It closes a
+// connection that does not pass.
+func securer(ch control.Channel, role control.Role) (func(context.Context, net.Conn) (net.Conn, error), error) {
+	var handshake func(context.Context, net.Conn) (net.Conn, error)
+	if ch.Transport == control.TransportTCP {
+		handshake = func(ctx context.Context, c net.Conn) (net.Conn, error) {
+			return &plainConn{c, bufio.NewReaderSize(c, 256<<10)}, ch.Greet(ctx, c, role)
+		}
+	} else {
+		tc, err := ch.TLS()
+		if err != nil {
+			return nil, err
+		}
+		side := tls.Client
+		if role == control.Standby {
+			side = tls.Server
+		}
+		handshake = func(ctx context.Context, c net.Conn) (net.Conn, error) {
+			under := &corked{Conn: c, r: bufio.NewReaderSize(c, 256<<10), w: bufio.NewWriterSize(c, 512<<10)}
+			t := &tlsConn{Conn: side(under, tc), under: under}
+			return t, t.HandshakeContext(ctx)
+		}
 	}
-	return t, nil
+	return func(ctx context.Context, c net.Conn) (net.Conn, error) {
+		s, err := handshake(ctx, c)
+		if err != nil {
+			c.Close()
+			return nil, err
+		}
+		return s, nil
+	}, nil
 }
+
+// plainConn is a connection in the clear, read as tlsConn is.
+type plainConn struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+func (c *plainConn) Read(b []byte) (int, error) { return c.r.Read(b) }
 
 // Close closes at once if a write is stuck: that one holds what TLS needs to say
 // goodbye, which would take until its time-out of five seconds.

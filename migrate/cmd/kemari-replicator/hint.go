@@ -14,6 +14,10 @@ func hint(err error) string {
 		return "the guest runs on the standby's host; this host's copy was destroyed"
 	case errors.Is(err, migrate.ErrGuestGone):
 		return ""
+	case errors.Is(err, xen.ErrStands): // whatever it was that ended protection
+		return "the guest does not run: see the journal (kemari-replicator@); if it does not come back, virsh destroy and virsh start it"
+	case errors.Is(err, migrate.ErrMayRun):
+		return "see whether the guest runs on this host, and on the primary's; if on both, virsh destroy it here"
 	case errors.Is(err, migrate.ErrStandbyLost), errors.Is(err, migrate.ErrRefused):
 		return "the guest runs on, unprotected; see the standby's journal (kemari-standby@), then protect it again with virsh migrate --kemari"
 	case errors.Is(err, migrate.ErrPrimaryLost):

@@ -28,11 +28,12 @@ import (
 type env struct {
 	root   string // of the run-time folders
 	socket string // libvirtd's
+	sys    string // where sysfs is
 	log    *slog.Logger
 }
 
 func main() {
-	e := &env{log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{ReplaceAttr: dropTime}))}
+	e := &env{sys: "/sys", log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{ReplaceAttr: dropTime}))}
 	// SIGTERM is how systemd asks; SIGINT is Ctrl-C. Both end protection in order.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
@@ -53,7 +54,7 @@ func app(e *env) *cli.App {
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "root", Value: control.Dir, Usage: "folder of the run-time state", Destination: &e.root},
-			&cli.StringFlag{Name: "libvirt-socket", Value: "/run/libvirt/libvirt-sock", Usage: "socket of the local libvirtd", Destination: &e.socket},
+			&cli.StringFlag{Name: "libvirt-socket", Usage: "socket of libvirt's local daemon (default: virtxend's, else libvirtd's)", Destination: &e.socket},
 		},
 		Commands: []*cli.Command{
 			{Name: "primary", Usage: "checkpoint a running guest and send it to its standby", ArgsUsage: "UUID",

@@ -2,12 +2,13 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,14 +18,16 @@ import (
 	"kemari/migrate/wire"
 	"kemari/migrate/xen"
 	"kemari/systemd"
+	"kemari/xml"
 )
 
 // Ports of the data connection, a range as libvirt has one for migrations, so that
 // a firewall can be told. One is used by each guest whose standby this host is.
 const firstPort, lastPort = 49300, 49363
 
-// connectTimeout is how long a standby waits for its primary.
-const connectTimeout = 30 * time.Second
+// connectTimeout is how long a standby waits for its primary, whose unit has yet to
+// be started: on a busy emulated host that has taken 40 seconds.
+const connectTimeout = 2 * time.Minute
 
 func (e *env) standby(ctx context.Context, uuid string) error {
 	paths := control.PathsFor(e.root, control.Standby, uuid)
@@ -40,7 +43,7 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 	me := &side{status: control.Status{
 		Role: control.Standby, Domain: cfg.Domain, UUID: cfg.UUID, Peer: cfg.PrimaryHost, Generation: cfg.Generation,
 		Phase: control.Starting, Since: time.Now(),
-		Arbiter: cfg.Arbiter.Type, Automatic: cfg.Arbiter.Automatic, Risk: risk(cfg.Arbiter),
+		Arbiter: cfg.Arbiter.Type, Automatic: cfg.Arbiter.Automatic, Risk: risk(cfg.Arbiter, cfg.Channel),
 		HeartbeatIntervalMS: cfg.Heartbeat.Interval.Milliseconds(), HeartbeatTimeoutMS: cfg.Heartbeat.Timeout.Milliseconds(),
 		CopyTotal: int64(cfg.MemoryKiB) << 10,
 	}}
@@ -81,6 +84,10 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 			return waitActive(ctx, done, sb)
 		case control.OpCheckpoint:
 			return errors.New("the primary takes the checkpoints; ask it on its host")
+		case control.OpVerify:
+			return errors.New("the primary has the memory verified; ask it on its host")
+		case control.OpSwitchover:
+			return errors.New("the primary hands its guest over; ask it on its host")
 		default:
 			return fmt.Errorf("unknown request %q", req.Op)
 		}
@@ -99,7 +106,7 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 		if err := systemd.Ready(); err != nil {
 			log.Warn("not told systemd", "err", err)
 		}
-		conns, stop, err := accepting(l, cfg)
+		conns, stop, err := accepting(l, cfg, log)
 		if err != nil {
 			return err
 		}
@@ -128,7 +135,7 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 		sb := migrate.NewStandby(migrate.StandbyConfig{
 			UUID: id, MemoryKiB: cfg.MemoryKiB, Limit: shadow.Limit(cfg.MemoryKiB), Generation: wire.Generation(cfg.Generation),
 			Heartbeat: migrate.Heartbeat{Interval: cfg.Heartbeat.Interval, Timeout: cfg.Heartbeat.Timeout},
-			Automatic: cfg.Arbiter.Automatic,
+			Automatic: cfg.Arbiter.Automatic, HandedOver: func() error { return setMark(handedOverMark(paths), cfg.Generation) },
 		}, accept, sh, log)
 		mu.Lock()
 		engine = sb
@@ -138,10 +145,16 @@ func (e *env) standby(ctx context.Context, uuid string) error {
 	})
 }
 
+// handedOverMark is the file that tells cleanupStandby that the primary has asked for
+// the take-over under way, and goes on by itself if it does not hear that it was done.
+func handedOverMark(paths control.Paths) string { return filepath.Join(paths.Dir, "handed-over") }
+
 func shadowConfig(e *env, paths control.Paths, cfg control.StandbyConfig) shadow.Config {
 	return shadow.Config{
 		Name: cfg.Domain, UUID: cfg.UUID, DomainXML: cfg.DomainXML, MemoryKiB: cfg.MemoryKiB,
+		DeviceModel: xml.HasDeviceModel(cfg.DomainXML),
 		PrimaryHost: cfg.PrimaryHost, Socket: e.socket, Mark: filepath.Join(paths.Dir, "shadow"),
+		End: func(ctx context.Context) error { return e.end(ctx, cfg.UUID) },
 		Memory: func(ctx context.Context) (shadow.Memory, error) {
 			id, err := xen.FindDomain(ctx, cfg.UUID)
 			if err != nil {
@@ -150,6 +163,24 @@ func shadowConfig(e *env, paths control.Paths, cfg control.StandbyConfig) shadow
 			return xen.OpenMemory(id)
 		},
 	}
+}
+
+// askLibvirtFor is what libvirt has of the time there is to end a domain.
+const askLibvirtFor = 4 * time.Second
+
+// end makes sure that the domain does not run here: through libvirt, if it can still be
+// asked, and by the hypervisor, which alone knows.
+func (e *env) end(ctx context.Context, uuid string) error {
+	id, err := parseUUID(uuid)
+	if err != nil {
+		return err
+	}
+	soon, cancel := context.WithTimeout(ctx, askLibvirtFor)
+	defer cancel()
+	if err := shadow.Destroy(soon, e.socket, id); err != nil {
+		e.log.Warn("libvirt does not end the copy; the hypervisor does", "err", err)
+	}
+	return xen.EndDomain(ctx, id)
 }
 
 func waitActive(ctx context.Context, done <-chan struct{}, sb *migrate.Standby) error {
@@ -203,10 +234,10 @@ func listen() (net.Listener, error) {
 }
 
 // accepting accepts connections of the one peer with the right certificate until
-// stop is called. Whoever else connects is dropped, and can only hold up the
-// time-out.
-func accepting(l net.Listener, cfg control.StandbyConfig) (_ <-chan net.Conn, stop func(), err error) {
-	tc, err := cfg.Identity.TLS(cfg.PeerFingerprint)
+// stop is called. Whoever else connects is dropped, and holds up nobody: see
+// strangers.
+func accepting(l net.Listener, cfg control.StandbyConfig, log *slog.Logger) (_ <-chan net.Conn, stop func(), err error) {
+	secure, err := securer(cfg.Channel, control.Standby)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -214,18 +245,24 @@ func accepting(l net.Listener, cfg control.StandbyConfig) (_ <-chan net.Conn, st
 	good := make(chan net.Conn)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		slots := make(chan struct{}, 16) // handshakes at a time
+		var waiting strangers
+		var once sync.Once
 		for {
 			c, err := l.Accept()
-			if err != nil {
+			if errors.Is(err, net.ErrClosed) {
 				return
 			}
-			slots <- struct{}{}
+			if err != nil { // of descriptors, say, there may be enough again
+				once.Do(func() { log.Warn("the primary cannot connect for the moment; trying on", "err", err) })
+				time.Sleep(10 * time.Millisecond)
+				continue
+			}
+			waiting.add(c)
 			wg.Go(func() {
-				defer func() { <-slots }()
-				hctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+				hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 				defer cancel()
-				t, err := secure(hctx, c, tc, tls.Server)
+				t, err := secure(hctx, c)
+				waiting.remove(c)
 				if err != nil {
 					return
 				}
@@ -238,6 +275,52 @@ func accepting(l net.Listener, cfg control.StandbyConfig) (_ <-chan net.Conn, st
 		}
 	})
 	return good, func() { cancel(); l.Close(); wg.Wait() }, nil
+}
+
+// handshakeTimeout is how long either side gives a connection until both know whose it
+// is. A busy emulated host needs seconds of processor time for it.
+const handshakeTimeout = 20 * time.Second
+
+// maxStrangers bounds the connections that have not shown their certificate yet.
+const maxStrangers = 16
+
+// strangers are the connections that have not shown their certificate yet, oldest
+// first. The zero value has none.
+type strangers struct {
+	mu    sync.Mutex
+	conns []net.Conn
+}
+
+// add takes a connection in. If that makes too many, the oldest one goes of the host
+// that has the most: whoever connects and says nothing gets into his own way first, and
+// it takes many hosts, each with as many connections as the primary's, to get into that
+// of the primary that is to connect within the heartbeat's time-out.
+func (s *strangers) add(c net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conns = append(s.conns, c); len(s.conns) <= maxStrangers {
+		return
+	}
+	has, most := make(map[string]int), 0
+	for _, c := range s.conns {
+		h := remoteHost(c)
+		has[h]++
+		most = max(most, has[h])
+	}
+	i := slices.IndexFunc(s.conns, func(c net.Conn) bool { return has[remoteHost(c)] == most })
+	s.conns[i].Close() // and so its handshake ends
+	s.conns = slices.Delete(s.conns, i, i+1)
+}
+
+func (s *strangers) remove(c net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns = slices.DeleteFunc(s.conns, func(o net.Conn) bool { return o == c })
+}
+
+func remoteHost(c net.Conn) string {
+	h, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+	return h
 }
 
 // awaitPrimary waits for the first connection.
@@ -266,7 +349,9 @@ func (e *env) cleanupStandby(ctx context.Context, uuid string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	running, err := shadow.Cleanup(ctx, shadowConfig(e, paths, cfg))
+	sc := shadowConfig(e, paths, cfg)
+	sc.Cancel = hasMark(handedOverMark(paths), cfg.Generation)
+	running, err := shadow.Cleanup(ctx, sc)
 	last := control.Status{
 		Role: control.Standby, Domain: cfg.Domain, UUID: cfg.UUID, Peer: cfg.PrimaryHost, Generation: cfg.Generation,
 		Phase: control.Ended, Since: time.Now(), Arbiter: cfg.Arbiter.Type, Automatic: cfg.Arbiter.Automatic,

@@ -1,8 +1,13 @@
 // Trace records which pages a guest dirties, and what they become, for the
 // benchmarks of page encoding.
 //
+//	trace [--sample N] [--skip N] [--epochs N] [--about TEXT] --domain ID [--every D] FILE
 //	trace [--sample N] [--skip N] [--epochs N] [--about TEXT] FILE <STREAM
 //	trace --show FILE
+//
+// With --domain it checkpoints a running guest of this host, by its own number, as a
+// replicator does, and stops after the given number of checkpoints, or when it is
+// interrupted. Nobody else may protect, save or migrate the guest meanwhile.
 //
 // STREAM is a checkpointed libxc stream of a PVH or HVM guest, as kemari-xcsave
 // writes it to its file 3 (and xc_domain_save to its descriptor): recording ends
@@ -12,15 +17,22 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
 
 	"github.com/google/renameio/v2"
 
+	"kemari/migrate"
 	"kemari/migrate/bench"
 	"kemari/migrate/bench/trace"
 	"kemari/migrate/page"
@@ -33,8 +45,10 @@ func main() {
 	epochs := flag.Int("epochs", 0, "stop after `N` checkpoints; 0 for all there are")
 	about := flag.String("about", "", "what is recorded, in words")
 	show := flag.Bool("show", false, "say what is in FILE")
+	domain := flag.Uint("domain", 0, "checkpoint the running guest with this `ID`")
+	every := flag.Duration("every", 200*time.Millisecond, "with --domain: let the guest run this `time` between two checkpoints")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: trace [--sample N] [--skip N] [--epochs N] [--about TEXT] FILE <STREAM\n       trace --show FILE")
+		fmt.Fprintln(os.Stderr, "usage: trace [--sample N] [--skip N] [--epochs N] [--about TEXT] --domain ID [--every D] FILE\n       trace [--sample N] [--skip N] [--epochs N] [--about TEXT] FILE <STREAM\n       trace --show FILE")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -42,11 +56,19 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	err := error(nil)
-	if *show {
+	rec := &trace.Recorder{Sample: *sample, Skip: *skip}
+	var err error
+	switch {
+	case *show:
 		err = showFile(os.Stdout, flag.Arg(0))
-	} else {
-		err = record(os.Stdin, flag.Arg(0), *about, *sample, *skip, *epochs)
+	case *domain != 0:
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
+		if err = running(ctx, uint32(*domain), *every, *epochs, rec); err == nil {
+			err = write(rec, flag.Arg(0), *about)
+		}
+	default:
+		err = record(os.Stdin, flag.Arg(0), *about, *epochs, rec)
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "trace: %v\n", err)
@@ -72,8 +94,55 @@ func showFile(w io.Writer, file string) error {
 // errEnough ends the reading of a stream.
 var errEnough = errors.New("enough")
 
-func record(r io.Reader, file, about string, sample uint64, skip, epochs int) error {
-	rec := trace.Recorder{Sample: sample, Skip: skip}
+// running records a guest of this host.
+func running(ctx context.Context, domid uint32, every time.Duration, epochs int, rec *trace.Recorder) error {
+	dir, err := os.MkdirTemp("", "trace")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	d, err := xen.OpenDomain(ctx, domid, filepath.Join(dir, "mark"), nil, slog.Default())
+	if err != nil {
+		return err
+	}
+	return errors.Join(checkpoints(ctx, d, every, epochs, rec), d.Close())
+}
+
+// checkpoints records a guest until there are enough epochs, or ctx ends.
+func checkpoints(ctx context.Context, d migrate.Guest, every time.Duration, epochs int, rec *trace.Recorder) (err error) {
+	if _, err := d.Begin(ctx); err != nil {
+		return err
+	}
+	take := func(p *migrate.Pages) error {
+		for i, pfn := range p.PFNs {
+			rec.Page(pfn, p.Page(i))
+		}
+		return nil
+	}
+	var c migrate.Capture
+	for n := 0; epochs == 0 || n <= rec.Skip+epochs; n = rec.Checkpoint() {
+		if n == 0 {
+			_, err = d.Round(ctx, take)
+		}
+		if err == nil {
+			err = d.Checkpoint(ctx, func() error { return nil }, &c)
+		}
+		if ctx.Err() != nil && n > 0 {
+			return nil // a checkpoint cut short is left out
+		}
+		if err != nil {
+			return err
+		}
+		take(&c.Pages)
+		select {
+		case <-time.After(every):
+		case <-ctx.Done():
+		}
+	}
+	return nil
+}
+
+func record(r io.Reader, file, about string, epochs int, rec *trace.Recorder) error {
 	split := xen.Splitter{
 		Headers: func([]byte) error { return nil },
 		Record: func(x xen.Record) error {
@@ -81,7 +150,7 @@ func record(r io.Reader, file, about string, sample uint64, skip, epochs int) er
 			case xen.RecordPageData:
 				return pages(x.Body, rec.Page)
 			case xen.RecordCheckpoint:
-				if n := rec.Checkpoint(); epochs > 0 && n > skip+epochs {
+				if n := rec.Checkpoint(); epochs > 0 && n > rec.Skip+epochs {
 					return errEnough
 				}
 			case xen.RecordEnd:
@@ -105,6 +174,11 @@ func record(r io.Reader, file, about string, sample uint64, skip, epochs int) er
 			return err
 		}
 	}
+	return write(rec, file, about)
+}
+
+// write writes what was recorded, in one go.
+func write(rec *trace.Recorder, file, about string) error {
 	f, err := renameio.NewPendingFile(file, renameio.WithPermissions(0o644))
 	if err != nil {
 		return err

@@ -2,12 +2,17 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"kemari/migrate/bench"
+	"kemari/migrate/bench/trace"
+	"kemari/migrate/migratetest"
 	"kemari/migrate/page"
 	"kemari/migrate/xen"
 )
@@ -65,7 +70,7 @@ func TestRecord(t *testing.T) {
 		{"no stream", make([]byte, 100), 0, nil, true},
 	} {
 		file := filepath.Join(t.TempDir(), "x.trace.zst")
-		err := record(bytes.NewReader(c.stream), file, "a test", 1, 0, c.epochs)
+		err := record(bytes.NewReader(c.stream), file, "a test", c.epochs, &trace.Recorder{Sample: 1})
 		if c.refused {
 			if err == nil {
 				t.Errorf("%s: taken", c.name)
@@ -100,5 +105,45 @@ func TestRecord(t *testing.T) {
 		if err := showFile(&text, file); err != nil || !strings.Contains(text.String(), "x: a test\nepoch 0: ") {
 			t.Errorf("%s: %q, %v", c.name, text.String(), err)
 		}
+	}
+}
+
+// TestCheckpoints: a guest is recorded from its first copy on, for as many epochs as
+// asked for, or until it is enough.
+func TestCheckpoints(t *testing.T) {
+	const pages = 50
+	for name, c := range map[string]struct{ skip, epochs, want int }{
+		"some":              {0, 5, 5},
+		"not the first":     {3, 5, 5},
+		"until interrupted": {1, 0, 8},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			g := migratetest.NewGuest(pages, 1)
+			rec := &trace.Recorder{Skip: c.skip}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			if c.epochs == 0 {
+				time.AfterFunc(10*time.Second+500*time.Millisecond, cancel)
+			}
+			if err := checkpoints(ctx, g, time.Second, c.epochs, rec); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			x := rec.Trace("")
+			if got := len(x.Epochs) - 1; got < c.want-1 || got > c.want+1 || c.epochs > 0 && got != c.want {
+				t.Errorf("%s: %d epochs, want %d", name, got, c.want)
+			}
+			was := map[page.PFN]bool{}
+			for i, e := range x.Epochs {
+				if len(e.PFNs) == 0 {
+					t.Errorf("%s: nothing in epoch %d", name, i)
+				}
+				for _, p := range e.PFNs {
+					if i > 0 && !was[p] {
+						t.Errorf("%s: nobody knows what page %v was before epoch %d", name, p, i)
+					}
+					was[p] = true
+				}
+			}
+		})
 	}
 }

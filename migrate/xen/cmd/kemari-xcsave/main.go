@@ -4,6 +4,8 @@
 //
 //	kemari-xcsave DOMID MARK            file 3 is the stream, stdout events, stdin commands
 //	kemari-xcsave --cleanup DOMID MARK  resume the guest, log-dirty off; for what a dead one left
+//	kemari-xcsave --standing DOMID      file 3 is the whole of a guest that stands suspended, as a
+//	                                    plain save writes it; log-dirty is off afterwards
 //
 // In the file MARK it keeps whether a suspend is under way, for --cleanup to know.
 //
@@ -32,17 +34,21 @@ import (
 func main() {
 	args := os.Args[1:]
 	cleanup := len(args) > 0 && args[0] == "--cleanup"
-	if cleanup {
+	standing := len(args) > 0 && args[0] == "--standing"
+	if cleanup || standing {
 		args = args[1:]
 	}
-	if len(args) != 2 {
-		fmt.Fprintln(os.Stderr, "usage: kemari-xcsave [--cleanup] DOMID MARK")
+	if len(args) != 2 && !(standing && len(args) == 1) {
+		fmt.Fprintln(os.Stderr, "usage: kemari-xcsave [--cleanup] DOMID MARK, or kemari-xcsave --standing DOMID")
 		os.Exit(2)
 	}
 	domid, err := strconv.ParseUint(args[0], 10, 15)
 	if err != nil || domid == 0 {
 		fmt.Fprintf(os.Stderr, "kemari-xcsave: %q is not the id of a guest\n", args[0])
 		os.Exit(2)
+	}
+	if standing {
+		os.Exit(int(C.kemari_save_standing(C.uint32_t(domid), 3)))
 	}
 	mark, err := os.OpenFile(args[1], os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

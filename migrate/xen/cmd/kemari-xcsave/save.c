@@ -278,6 +278,43 @@ int kemari_save(uint32_t domid, int mark_fd, int stream_fd, int event_fd, int co
 	return s.why;
 }
 
+static int cb_stands(void *data)
+{
+	(void)data;
+	return 1;
+}
+
+int kemari_save_standing(uint32_t domid, int stream_fd)
+{
+	struct save s = { .domid = domid, .mark_fd = -1 };
+	struct save_callbacks cb = {
+		.suspend = cb_stands,
+		.switch_qemu_logdirty = cb_switch_qemu_logdirty,
+		.data = &s,
+	};
+	int paused;
+
+	if (!xen && !(xen = libxen_load()))
+		return EXIT_FAILED;
+	s.xch = xen->xc_interface_open(0, 0, 0);
+	if (!s.xch) {
+		perror("kemari-xcsave: open Xen's interfaces");
+		return EXIT_FAILED;
+	}
+	switch (look(&s, &paused)) {
+	case -1:
+		return EXIT_GUEST_GONE;
+	case 0:
+		fprintf(stderr, "kemari-xcsave: the guest does not stand suspended\n");
+		return EXIT_FAILED;
+	}
+	int rc = xen->xc_domain_save(s.xch, stream_fd, domid, 0, &cb, XC_STREAM_PLAIN, -1);
+	if (rc)
+		fprintf(stderr, "kemari-xcsave: xc_domain_save: %d, %s\n", rc, strerror(errno));
+	xen->xc_interface_close(s.xch);
+	return rc ? EXIT_FAILED : 0;
+}
+
 int kemari_cleanup(uint32_t domid, int mark_fd)
 {
 	struct save s = { .domid = domid, .mark_fd = mark_fd };

@@ -5,6 +5,7 @@ const (
 	hypercallMemory    = 12
 	hypercallMulticall = 13
 	hypercallVersion   = 17
+	hypercallGrant     = 20
 	hypercallEvent     = 32
 	hypercallHVM       = 34
 	hypercallDomctl    = 36
@@ -13,6 +14,8 @@ const (
 
 const (
 	memoryMaximumGPFN   = 14 // XENMEM_maximum_gpfn
+	grantQuerySize      = 6  // GNTTABOP_query_size
+	grantGetVersion     = 10 // GNTTABOP_get_version
 	versionVersion      = 0  // XENVER_version
 	versionExtraVersion = 1  // XENVER_extraversion
 	eventStatus         = 5  // EVTCHNOP_status
@@ -23,6 +26,9 @@ const (
 
 // Operations on a domain, XEN_DOMCTL_* of domctl.h.
 const (
+	domctlDestroy        = 2
+	domctlPause          = 3
+	domctlUnpause        = 4
 	domctlGetInfo        = 5
 	domctlShadow         = 10
 	domctlSetVCPU        = 12
@@ -32,6 +38,8 @@ const (
 	domctlGetHVMContext  = 33
 	domctlGetTSCInfo     = 59
 	domctlGetPageTypes   = 61 // getpageframeinfo3
+	domctlSetExtState    = 62 // setvcpuextstate
+	domctlGetExtState    = 63
 	domctlGetCPUPolicy   = 82
 	shadowOff            = 0 // XEN_DOMCTL_SHADOW_OP_*
 	shadowEnableLogDirty = 2
@@ -93,6 +101,14 @@ type bufferCtl struct {
 	size   uint32 // or vcpu
 	_      uint32
 	buffer uint64
+}
+
+// extStateCtl is struct xen_domctl_vcpuextstate.
+type extStateCtl struct {
+	_        [2]uint32 // vcpu: the first; padding
+	features uint64
+	size     uint64
+	buffer   uint64
 }
 
 // typesCtl is struct xen_domctl_getpageframeinfo3.
@@ -170,12 +186,50 @@ type (
 	}
 )
 
+// grantSize is struct gnttab_query_size, grantVersion gnttab_get_version, grantEntry
+// grant_entry_v1, and the beginning of grant_entry_v2.
+type (
+	grantSize struct {
+		domain uint16
+		_      uint16
+		frames uint32
+		_      uint32 // the most there may be
+		status int16
+		_      uint16
+	}
+	grantVersion struct {
+		domain  uint16
+		_       uint16
+		version uint32
+	}
+	grantEntry struct {
+		flags, domain uint16
+		frame         uint32
+	}
+	grantEntry2 struct {
+		flags, domain uint16
+		_             uint32
+		frame         uint64
+	}
+)
+
+// Flags of a grant, GTF_*.
+const (
+	grantTypeMask     = 3
+	grantPermitAccess = 1
+	grantReadOnly     = 1 << 2
+	grantSubPage      = 1 << 8 // the other may only copy from it
+)
+
+const resourceGrantTable = 1 // XENMEM_resource_grant_table; id 0: the entries
+
 const evtchnUnbound = 1 // EVTCHNSTAT_unbound
 
 // Of the kernel: ioctls of privcmd and evtchn, with their structures.
 const (
 	ioctlHypercall       = 0x305000 // IOCTL_PRIVCMD_HYPERCALL
 	ioctlMapBatch        = 0x205004 // IOCTL_PRIVCMD_MMAPBATCH_V2
+	ioctlMapResource     = 0x205007 // IOCTL_PRIVCMD_MMAP_RESOURCE
 	ioctlBindInterdomain = 0x084501 // IOCTL_EVTCHN_BIND_INTERDOMAIN
 )
 
@@ -192,6 +246,12 @@ type (
 		arr    uint64
 		err    uint64
 	}
+	privcmdMapResource struct {
+		domain        uint16
+		_             uint16
+		typ, id, from uint32
+		num, addr     uint64
+	}
 	bindInterdomain struct{ domain, port uint32 }
 )
 
@@ -201,6 +261,7 @@ type Param uint32
 // Parameters the code names.
 const (
 	ParamCallbackIRQ    Param = 0
+	ParamStorePFN       Param = 1
 	ParamConsolePFN     Param = 17
 	ParamPagingRingPFN  Param = 27
 	ParamMonitorRingPFN Param = 28

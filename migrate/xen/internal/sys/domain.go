@@ -54,6 +54,9 @@ type Domain struct {
 	state  *buffer // HVM context
 	types  *buffer // of Populated
 	vcpu   *buffer // vCPU 0's context
+	ext    *buffer // and its extended state, of
+	xcr    uint64  // these features; none where the host has no XSAVE
+	extLen uint64  // what of ext was read last
 }
 
 // Layout of Domain.args.
@@ -69,6 +72,8 @@ const (
 	argsExtent         = argsDMBufs + 2*16                // dmExtent
 	argsSize           = argsExtent + 16
 
+	maxExtState = 1 << 16 // of the processors there are the largest has 11 KiB
+
 	stateMargin = 4096 // what an HVM context may grow by meanwhile
 )
 
@@ -83,7 +88,7 @@ func (c *Conn) Domain(id uint16) (*Domain, error) {
 
 // Close frees what was allocated. Idempotent.
 func (d *Domain) Close() {
-	for _, b := range []*buffer{d.args, d.bitmap, d.state, d.types, d.vcpu} {
+	for _, b := range []*buffer{d.args, d.bitmap, d.state, d.types, d.vcpu, d.ext} {
 		b.free()
 	}
 }
@@ -138,6 +143,26 @@ func (d *Domain) EnableLogDirty() error {
 // DisableLogDirty ends it. EINVAL: it is off already.
 func (d *Domain) DisableLogDirty() error {
 	return d.shadow("disable log-dirty mode", shadowCtl{op: shadowOff})
+}
+
+// Pause keeps the guest's processors from running, once more than before.
+func (d *Domain) Pause() error { return d.ctl("pause", domctlPause, nil, nil) }
+
+// Unpause takes one Pause back, also of somebody else's. EINVAL: there is none.
+func (d *Domain) Unpause() error { return d.ctl("unpause", domctlUnpause, nil, nil) }
+
+// Destroy ends the domain: it does not run any more, and is gone once nobody has any
+// of its memory mapped. It is no error if it is gone already.
+func (d *Domain) Destroy() error {
+	for {
+		err := d.ctl("destroy", domctlDestroy, nil, nil)
+		switch {
+		case errors.Is(err, ErrNoDomain):
+			return nil
+		case !errors.Is(err, unix.EAGAIN): // it takes its time, and is to be asked again
+			return err
+		}
+	}
 }
 
 // Subscribe lets the guest's suspending be told by its event channel port instead
@@ -251,10 +276,19 @@ func (d *Domain) Prepare() error {
 	if err != nil {
 		return err
 	}
+	var most uint64
+	err = d.ctl("get the size of the extended processor state", domctlGetExtState, nil, func(op *domctl) {
+		e := payload[extStateCtl](op)
+		d.xcr, most = e.features, e.size
+	})
+	if err != nil {
+		return err
+	}
 	for _, n := range []struct {
 		b    **buffer
 		size int
 	}{
+		{&d.ext, int(min(most, maxExtState))},
 		{&d.args, int(argsSize)},
 		{&d.bitmap, int(d.limit+63) / 64 * 8},
 		{&d.state, int(size) + stateMargin},
@@ -402,11 +436,11 @@ func (d *Domain) Stand(canary uint64, st *State) error {
 		}
 		m.add(hypercallHVM, hvmGetParam, addr)
 	}
-	op, _ = m.ctl(domctlGetVCPU)
-	*payload[bufferCtl](op) = bufferCtl{buffer: d.vcpu.addr()}
+	ext := m.readVCPU()
 	if err := m.do("read the standing guest"); err != nil {
 		return err
 	}
+	d.extLen = ext.size
 	if info.domain != d.id {
 		return fmt.Errorf("%w: %d", ErrNoDomain, d.id)
 	}
@@ -420,6 +454,22 @@ func (d *Domain) Stand(canary uint64, st *State) error {
 	return nil
 }
 
+// readVCPU reads of vCPU 0 what Resume has to write. Xen's call that sets registers
+// clears those that only XSAVE knows, such as the upper halves of AVX's, and a guest
+// that is merely resumed does not load them again: so they are set after it.
+func (m *calls) readVCPU() (ext *extStateCtl) {
+	d := m.d
+	op, _ := m.ctl(domctlGetVCPU)
+	*payload[bufferCtl](op) = bufferCtl{buffer: d.vcpu.addr()}
+	if d.xcr == 0 {
+		return &extStateCtl{}
+	}
+	op, _ = m.ctl(domctlGetExtState)
+	ext = payload[extStateCtl](op)
+	*ext = extStateCtl{features: d.xcr, size: uint64(len(d.ext.mem)), buffer: d.ext.addr()}
+	return ext
+}
+
 // Resume lets a guest run on that has suspended itself: its suspend hypercall
 // returns 1, which tells it that it goes on in the same domain, with its devices
 // connected. It reads the processor's state anew unless fresh says that Stand has
@@ -428,14 +478,14 @@ func (d *Domain) Resume(fresh bool) error {
 	irq, _ := at[hvmParam](d.args, argsParams+uintptr(len(StreamParams))*16)
 	if !fresh {
 		m := calls{d: d}
-		op, _ := m.ctl(domctlGetVCPU)
-		*payload[bufferCtl](op) = bufferCtl{buffer: d.vcpu.addr()}
+		ext := m.readVCPU()
 		p, addr := at[hvmParam](d.args, argsParams+uintptr(len(StreamParams))*16)
 		*p = hvmParam{domain: d.id, index: uint32(ParamCallbackIRQ)}
 		m.add(hypercallHVM, hvmGetParam, addr)
 		if err := m.do("read the standing guest's processor"); err != nil {
 			return err
 		}
+		d.extLen = ext.size
 	}
 	m := calls{d: d}
 	// A guest without PV drivers has made no hypercall that could return.
@@ -443,6 +493,10 @@ func (d *Domain) Resume(fresh bool) error {
 		*(*uint64)(unsafe.Pointer(&d.vcpu.mem[vcpuContextRAX])) = 1
 		op, _ := m.ctl(domctlSetVCPU)
 		*payload[bufferCtl](op) = bufferCtl{buffer: d.vcpu.addr()}
+		if d.extLen > 0 {
+			op, _ := m.ctl(domctlSetExtState)
+			*payload[extStateCtl](op) = extStateCtl{size: d.extLen, buffer: d.ext.addr()}
+		}
 	}
 	m.ctl(domctlResume)
 	return m.do("resume the guest")
