@@ -54,6 +54,9 @@ type Response struct {
 // ErrNotRunning is returned by Ask where no process listens.
 var ErrNotRunning = errors.New("no such protection is running here")
 
+// errUnanswered is of a process that took the request and ended.
+var errUnanswered = errors.New("the process ended before it answered")
+
 // Handler answers requests that are no more than an Op. It is called from several
 // goroutines at once, may block, and must return when ctx ends.
 type Handler func(ctx context.Context, op Op) (Status, error)
@@ -180,6 +183,9 @@ func ask(ctx context.Context, path string, req Request) (Status, error) {
 		return Status{}, err
 	}
 	if _, err := c.Write(append(b, '\n')); err != nil {
+		if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+			err = errUnanswered
+		}
 		return Status{}, fmt.Errorf("ask %s: %w", op, err)
 	}
 	s := bufio.NewScanner(c)
@@ -188,7 +194,7 @@ func ask(ctx context.Context, path string, req Request) (Status, error) {
 		if ctx.Err() != nil {
 			return Status{}, context.Cause(ctx)
 		}
-		return Status{}, fmt.Errorf("ask %s: the process ended before it answered", op)
+		return Status{}, fmt.Errorf("ask %s: %w", op, errUnanswered)
 	}
 	var resp Response
 	if err := json.Unmarshal(s.Bytes(), &resp); err != nil {
@@ -207,6 +213,11 @@ func ask(ctx context.Context, path string, req Request) (Status, error) {
 // process if there is one, else the final one it left, else ErrNotRunning.
 func Look(ctx context.Context, p Paths) (Status, error) {
 	s, err := Ask(ctx, p.Socket, OpStatus)
+	// One that ends just then has left its final status, and soon its socket.
+	for i := 0; i < 10 && errors.Is(err, errUnanswered) && ctx.Err() == nil; i++ {
+		time.Sleep(20 * time.Millisecond)
+		s, err = Ask(ctx, p.Socket, OpStatus)
+	}
 	if !errors.Is(err, ErrNotRunning) {
 		return s, err
 	}

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"net"
 	"path/filepath"
 	"reflect"
 	"testing"
@@ -74,5 +75,35 @@ func TestCheckpoint(t *testing.T) {
 				t.Errorf("handled %+v", got)
 			}
 		})
+	}
+}
+
+// TestLookWhileEnding: who asks a process that is just ending gets what it left.
+func TestLookWhileEnding(t *testing.T) {
+	dir := t.TempDir()
+	p := Paths{Socket: filepath.Join(dir, "s"), Last: filepath.Join(dir, "last")}
+	l, err := net.Listen("unix", p.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		for range 2 { // it is asked again while its socket is there
+			c, err := l.Accept()
+			if err != nil {
+				ended <- err
+				return
+			}
+			WriteLast(p, Status{Phase: Ended, Epoch: 7})
+			c.Close()
+		}
+		ended <- l.Close()
+	}()
+	st, err := Look(t.Context(), p)
+	if err != nil || st.Phase != Ended || st.Epoch != 7 {
+		t.Errorf("%+v, %v", st, err)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
