@@ -56,6 +56,8 @@ type Config struct {
 	Libvirt func(ctx context.Context) (Libvirt, error)
 	// Host tells about this host.
 	Host func() (Host, error)
+	// Version asks a device model what it is.
+	Version func(ctx context.Context, path string) (string, error)
 	// Dial connects to the virtkemarid of a standby. The connection ends with
 	// Close, which must make blocked Reads and Writes return.
 	Dial func(ctx context.Context, t Target) (io.ReadWriteCloser, error)
@@ -107,6 +109,9 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if cfg.Host == nil {
 		cfg.Host = ReadHost
+	}
+	if cfg.Version == nil {
+		cfg.Version = programVersion
 	}
 	if cfg.Dial == nil {
 		cfg.Dial = DialSSH

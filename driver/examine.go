@@ -110,7 +110,10 @@ func (d *Driver) examine(ctx context.Context, req examineRequest) (*Examination,
 	if e.Standby == "" && element != nil && element.Standby != nil {
 		e.Standby = element.Standby.URI
 	}
-	g := Guest{Name: dom.Name, UUID: dom.UUID}
+	g := Guest{Name: dom.Name, UUID: dom.UUID, XML: doc}
+	if g.DeviceModel, err = d.deviceModel(ctx, l, xml.HasDeviceModel(doc)); err != nil {
+		return nil, err
+	}
 	if g.MemoryKiB, err = xml.MemoryKiB(doc); err != nil {
 		g.MemoryKiB = 0 // Ineligible has said so
 	}
@@ -138,7 +141,7 @@ func (d *Driver) examine(ctx context.Context, req examineRequest) (*Examination,
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*connectTimeout, fmt.Errorf("no answer within %v", 2*connectTimeout))
 	defer cancel()
-	client, there, err := d.connectStandby(ctx, &request{domain: dom, target: t})
+	client, there, err := d.connectStandby(ctx, &request{domain: dom, target: t, deviceModel: g.DeviceModel != nil})
 	if err != nil {
 		add(t.Host, reasonOf(err))
 		return e, nil

@@ -42,6 +42,9 @@ func parseUUID(t testing.TB, s string) rpc.UUID {
 	return u
 }
 
+// hvmXML is g1XML as an HVM guest.
+var hvmXML = strings.NewReplacer("machine='xenpvh'", "machine='xenfv'", ">xenpvh<", ">hvm<", "</interface>", "<model type='netfront'/></interface>").Replace(g1XML)
+
 // fakeLibvirt is what a driver itself sees of libvirtd.
 type fakeLibvirt struct {
 	guest  Guest
@@ -66,6 +69,7 @@ func (f *fakeLibvirt) Guest(id rpc.UUID) (Guest, error) {
 }
 func (f *fakeLibvirt) Names() (map[string]Known, error) { return f.names, nil }
 func (f *fakeLibvirt) Node() (Node, error)              { return Node{f.free, 9000000}, nil }
+func (f *fakeLibvirt) DeviceModel() (string, error)     { return "/usr/lib/xen/qemu", nil }
 func (f *fakeLibvirt) Define(_ rpc.UUID, doc string) error {
 	if f.defineErr == nil {
 		f.defined = append(f.defined, doc)
@@ -217,6 +221,8 @@ type testHost struct {
 	units   *fakeUnits
 	libvirt *fakeLibvirt
 	host    Host
+	qemu    string // its device model's version
+	qemuErr error
 	rw, ro  string // sockets
 }
 
@@ -260,6 +266,7 @@ func newHost(t *testing.T, name, upstream string) *testHost {
 			names: map[string]Known{}, free: 4 << 20,
 		},
 		host: Host{Name: name, Boot: "boot-of-" + name, Xen: Xen{"4.17", ".7"}},
+		qemu: "QEMU 10.0.2",
 		rw:   filepath.Join(dir, "sock"), ro: filepath.Join(dir, "sock-ro"),
 	}
 	buf := new(lockedBuffer)
@@ -274,6 +281,7 @@ func newHost(t *testing.T, name, upstream string) *testHost {
 		Log:     slog.New(slog.NewTextHandler(buf, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Libvirt: func(context.Context) (Libvirt, error) { return h.libvirt, nil },
 		Host:    func() (Host, error) { return h.host, nil },
+		Version: func(context.Context, string) (string, error) { return h.qemu, h.qemuErr },
 		Dial:    func(context.Context, Target) (io.ReadWriteCloser, error) { return nil, errors.New("no way there") },
 	}
 	var err error

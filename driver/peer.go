@@ -32,15 +32,17 @@ func unitName(format string, id rpc.UUID) string { return fmt.Sprintf(format, id
 
 // checkRequest asks a host whether it could be the standby of a guest.
 type checkRequest struct {
-	Name string `json:"name"`
-	UUID string `json:"uuid"`
+	Name        string `json:"name"`
+	UUID        string `json:"uuid"`
+	DeviceModel bool   `json:"device_model,omitempty"` // it is an HVM guest
 }
 
 // checkReply is what the host knows; the primary draws the conclusions.
 type checkReply struct {
-	Host          Host   `json:"host"`
-	Libvirt       uint64 `json:"libvirt"`
-	FreeMemoryKiB uint64 `json:"free_memory_kib"`
+	Host          Host         `json:"host"`
+	Libvirt       uint64       `json:"libvirt"`
+	FreeMemoryKiB uint64       `json:"free_memory_kib"`
+	DeviceModel   *DeviceModel `json:"device_model,omitempty"` // if asked for
 
 	NameTaken  string        `json:"name_taken,omitempty"` // UUID of another domain of that name
 	UUIDTaken  string        `json:"uuid_taken,omitempty"` // name of the domain of that UUID, if not the guest's

@@ -140,6 +140,7 @@ func (d *Driver) tryProtect(ctx context.Context, log *slog.Logger, a *rpc.Migrat
 		return fmt.Errorf("make the standby's XML: %w", err)
 	}
 
+	req.deviceModel = guest.DeviceModel != nil
 	client, there, err := d.connectStandby(ctx, req)
 	if err != nil {
 		return err
@@ -255,6 +256,9 @@ func (d *Driver) guest(ctx context.Context, req *request) (Guest, error) {
 	case req.domain.ID >= 0 && uint32(req.domain.ID) != g.ID:
 		return g, refuse(rpc.CodeOperationInvalid, fmt.Sprintf("it has been started anew since it was looked up (%d is now %d)", req.domain.ID, g.ID), "look it up again")
 	}
+	if g.DeviceModel, err = d.deviceModel(ctx, l, xml.HasDeviceModel(g.XML)); err != nil {
+		return g, err
+	}
 	// First what no waiting mends.
 	if err := refuseAll(xml.Ineligible(g.XML)); err != nil {
 		return g, err
@@ -277,7 +281,7 @@ func (d *Driver) connectStandby(ctx context.Context, req *request) (*rpc.Client,
 	client := rpc.NewClient(conn)
 	var r checkReply
 	err = d.ask(ctx, client, req.target, connectTimeout, procCheck,
-		checkRequest{Name: req.domain.Name, UUID: req.domain.UUID.String()}, &r)
+		checkRequest{Name: req.domain.Name, UUID: req.domain.UUID.String(), DeviceModel: req.deviceModel}, &r)
 	if err == nil {
 		return client, &r, nil
 	}

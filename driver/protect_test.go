@@ -149,6 +149,17 @@ func TestProtectRefused(t *testing.T) {
 			b.libvirt.free = 1024
 			b.libvirt.names = map[string]Known{"g1": {UUID: rpc.UUID{1}}, "x": {UUID: parseUUID(t, g1UUID), Active: true}}
 		}, rpc.CodeConfigUnsupp, []string{"(1) Xen is 4.17.7 here and 4.20.7 on xen2", `another domain "g1", of UUID 01000000-`, `same UUID, "x"`, "active on xen2 too", "(5) xen2 has 1 MiB of memory free, and the guest needs 162"}},
+		"no device model there": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
+			a.libvirt.guest.XML = hvmXML
+			b.qemuErr = errors.New("fork/exec /usr/lib/xen/qemu: no such file or directory")
+		}, rpc.CodeConfigUnsupp, []string{"xen2 has no device model", "no such file", "install qemu-system-xen there"}},
+		"another device model there": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
+			a.libvirt.guest.XML = hvmXML
+			b.qemu = "QEMU 7.2.9"
+		}, rpc.CodeConfigUnsupp, []string{"device model here is QEMU 10.0.2, and on xen2 it is QEMU 7.2.9", "same version of qemu-system-xen"}},
+		"own device model": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
+			a.libvirt.guest.XML = strings.Replace(hvmXML, "<devices>", "<devices><emulator>/opt/qemu</emulator>", 1)
+		}, rpc.CodeConfigUnsupp, []string{"of its own, /opt/qemu", "remove <emulator>"}},
 		"shadow": {func(_, b *testHost, _ *rpc.MigratePerformArgs) { protectedGuest(t, b, control.Standby, control.Ready) }, rpc.CodeConfigUnsupp, []string{"a shadow of it, for xen9, stands on xen2 already (ready)"}},
 		"protected there": {func(_, b *testHost, _ *rpc.MigratePerformArgs) {
 			protectedGuest(t, b, control.Primary, control.Protected)

@@ -97,6 +97,9 @@ func (d *Driver) check(ctx context.Context, req checkRequest) (*checkReply, erro
 		return nil, err
 	}
 	r.Libvirt, r.FreeMemoryKiB = node.Version, node.FreeMemoryKiB
+	if r.DeviceModel, err = d.deviceModel(ctx, l, req.DeviceModel); err != nil {
+		return nil, err
+	}
 	names, err := l.Names()
 	if err != nil {
 		return nil, err

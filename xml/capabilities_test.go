@@ -81,8 +81,9 @@ func TestAnnounce(t *testing.T) {
 func TestAnnounceDomain(t *testing.T) {
 	for machine, want := range map[string]string{
 		"xenpvh": "\n  <kemari xmlns='urn:kemari:capabilities:1.0' supported='yes'/>\n",
-		"xenfv": "\n  <kemari xmlns='urn:kemari:capabilities:1.0' supported='no'>\n" +
-			"    <reason remedy='use a PVH guest, &lt;type arch=&apos;x86_64&apos; machine=&apos;xenpvh&apos;&gt;xenpvh&lt;/type&gt;'>an HVM guest is not supported yet, since the state of its device model would have to follow it</reason>\n  </kemari>\n",
+		"xenfv":  "\n  <kemari xmlns='urn:kemari:capabilities:1.0' supported='yes'/>\n",
+		"xenpv": "\n  <kemari xmlns='urn:kemari:capabilities:1.0' supported='no'>\n" +
+			"    <reason remedy='use a PVH guest, &lt;type arch=&apos;x86_64&apos; machine=&apos;xenpvh&apos;&gt;xenpvh&lt;/type&gt;'>a PV guest cannot be checkpointed, since Xen without shadow paging does not log which of its pages change</reason>\n  </kemari>\n",
 	} {
 		head := "<domainCapabilities>\n  <path>/q</path>\n  <domain>xen</domain>\n  <machine>" + machine + "</machine>\n  <arch>x86_64</arch>"
 		if d := cmp.Diff(head+want+"</domainCapabilities>\n", AnnounceDomain(head+"\n</domainCapabilities>\n")); d != "" {

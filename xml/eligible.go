@@ -32,9 +32,7 @@ func Ineligible(domainXML string) []Reason {
 	switch typ := os.trimmed(); {
 	case typ == "linux" || typ == "xen" || os.attr("machine") == "xenpv":
 		add(usePVH, "a PV guest cannot be checkpointed, since Xen without shadow paging does not log which of its pages change")
-	case typ == "hvm":
-		add(usePVH, "an HVM guest is not supported yet, since the state of its device model would have to follow it")
-	case typ != "xenpvh":
+	case typ != "xenpvh" && typ != "hvm":
 		add(usePVH, "a guest of type '%s' is not supported", typ)
 	}
 
@@ -42,13 +40,47 @@ func Ineligible(domainXML string) []Reason {
 	if len(d.root.first("cpu").first("numa").named("cell")) > 0 {
 		add("remove <numa> from <cpu>", "virtual NUMA cells are not supported")
 	}
-	return append(rs, deviceReasons(d.root.first("devices"))...)
+	devices := d.root.first("devices")
+	if d.hasDeviceModel() {
+		rs = append(rs, emulatedReasons(devices)...)
+	}
+	return append(rs, deviceReasons(devices)...)
 }
 
 // HasDeviceModel tells whether a domain is an HVM guest, which has a device model.
 func HasDeviceModel(domainXML string) bool {
 	d, err := parseDomain(domainXML)
-	return err == nil && d.root.first("os").first("type").trimmed() == "hvm"
+	return err == nil && d.hasDeviceModel()
+}
+
+// Emulator returns the path of the device model that a domain's XML names, "" if none.
+func Emulator(domainXML string) string {
+	d, err := parseDomain(domainXML)
+	if err != nil {
+		return ""
+	}
+	return d.root.first("devices").first("emulator").trimmed()
+}
+
+func (d *document) hasDeviceModel() bool { return d.root.first("os").first("type").trimmed() == "hvm" }
+
+// emulatedReasons are of devices whose output the device model emits past what is held
+// back. Without a model libxl gives a guest an emulated network card as well.
+func emulatedReasons(devices *node) []Reason {
+	var rs []Reason
+	for _, i := range devices.named("interface") {
+		if m := i.first("model").attr("type"); m != "netfront" {
+			what := "an emulated network card"
+			if m != "" {
+				what += " (" + m + ")"
+			}
+			rs = append(rs, Reason{
+				what + " of an HVM guest has a way out of its own, on which output cannot be held back",
+				"use <model type='netfront'/>, the PV driver's, in its <interface>",
+			})
+		}
+	}
+	return rs
 }
 
 func memoryReasons(d *document) []Reason {

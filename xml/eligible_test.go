@@ -11,6 +11,7 @@ func TestEligible(t *testing.T) {
 		"no interface":       pvh("", ""),
 		"Open vSwitch":       pvh("", "<interface type='bridge'><virtualport type='openvswitch'/></interface>"),
 		"routed":             pvh("", "<interface type='ethernet'><script path='vif-route'/><ip address='192.0.2.7'/></interface>"),
+		"HVM":                hvm("<interface type='bridge'><model type='netfront'/></interface>"),
 		"memory, one in MiB": pvh("<currentMemory unit='KiB'>131072</currentMemory>", ""),
 	} {
 		if r := Ineligible(in); r != nil {
@@ -47,7 +48,8 @@ func TestIneligible(t *testing.T) {
 		want []string // a part of each reason, in order
 	}{
 		{strings.ReplaceAll(pvh("", ""), "xenpvh'>xenpvh", "xenpv'>linux"), []string{"PV guest cannot"}},
-		{strings.ReplaceAll(pvh("", ""), "xenpvh'>xenpvh", "xenfv'>hvm"), []string{"HVM guest is not supported yet"}},
+		{hvm("<interface type='bridge'/>"), []string{"an emulated network card of an HVM guest"}},
+		{hvm("<interface type='bridge'><model type='e1000'/></interface><hostdev type='pci'/>"), []string{"card (e1000)", "a PCI device"}},
 		{strings.ReplaceAll(pvh("", ""), "xenpvh'>xenpvh", "pc'>exe"), []string{"type 'exe'"}},
 		{strings.ReplaceAll(pvh("", ""), "'xen'", "'kvm'"), []string{"'kvm' is not a Xen guest"}},
 		{pvh("<currentMemory unit='MiB'>64</currentMemory>", ""), []string{"65536 KiB of its 131072"}},

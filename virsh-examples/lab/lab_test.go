@@ -460,14 +460,24 @@ func testRefusals(t *testing.T) {
 	on(t, 1, "virsh -q -c xen:///system destroy g1")
 }
 
-// testHVM: the hosts have what an HVM guest needs, a device model included.
+// testHVM: an HVM guest, whose device model's state follows it, survives a power cut.
 func testHVM(t *testing.T) {
+	const h1 = "10.99.0.102"
 	on(t, 1, "virsh -q -c xen:///system create /var/lib/kemari-lab/h1.xml")
-	eventually(t, 5*time.Minute, "the HVM guest answers", func() bool { return answersAt("10.99.0.102") })
+	eventually(t, 5*time.Minute, "the HVM guest answers", func() bool { return answersAt(h1) })
 	if out := on(t, 1, "virsh -q -c xen:///system dumpxml h1"); !strings.Contains(out, ">hvm<") {
 		t.Errorf("h1 is no HVM guest:\n%s", out)
 	}
-	on(t, 1, "virsh -q -c xen:///system destroy h1")
+	on(t, 1, strings.Replace(protectCommand, " g1 ", " h1 ", 1))
+	counted := countAt(t, h1)
+	time.Sleep(5 * time.Second)
+	t.Log(verify(t, "h1"))
+	lab(t, time.Minute, "power-off", "1")
+	eventually(t, 90*time.Second, "the HVM guest answers", func() bool { return answersAt(h1) })
+	counted()
+	if out := on(t, 2, "virsh -q -c xen:///system domstate h1; pgrep -fc 'qemu-system.* h1'"); out != "running\n\n1\n" {
+		t.Errorf("on xen2: %q", out)
+	}
 }
 
 // testExample tells one of the stories in virsh-examples.
@@ -479,10 +489,10 @@ func testExample(t *testing.T, story string) {
 	}
 }
 
-// verify has the standby's memory compared with the guest's.
-func verify(t *testing.T) string {
+// verify has the standby's memory compared with that of a guest on host 1.
+func verify(t *testing.T, guest string) string {
 	t.Helper()
-	out, err := try(6*time.Minute, "./lab", "ssh", "1", "kemari verify g1 || exit=$?; kemari status; exit ${exit:-0}")
+	out, err := try(6*time.Minute, "./lab", "ssh", "1", "kemari verify "+guest+" || exit=$?; kemari status; exit ${exit:-0}")
 	if out = strings.TrimSpace(out); err != nil || !strings.Contains(out, " pages compared, all equal") {
 		t.Errorf("kemari verify: %v: %s", err, out)
 	}
@@ -496,7 +506,7 @@ func testVerify(t *testing.T) {
 	counted := count(t)
 	for range 2 {
 		time.Sleep(5 * time.Second)
-		t.Log(verify(t))
+		t.Log(verify(t, "g1"))
 		for _, n := range []int{1, 2} {
 			on(t, n, "systemctl kill -s KILL virtkemarid.service || true") // if it runs
 		}
@@ -543,11 +553,17 @@ sysctl -q -w net.ipv4.ip_forward=1 net.ipv4.conf.br0.proxy_arp=1`, n))
 	}
 }
 
-// count begins to count against the guest, and returns what ends that, checks that
-// nothing was lost nor doubled, and returns what was seen.
+// count is countAt for g1.
 func count(t *testing.T) (counted func() string) {
 	t.Helper()
-	eventually(t, 60*time.Second, "the guest answers", answers)
+	return countAt(t, guest)
+}
+
+// countAt begins to count against a guest, and returns what ends that, checks that
+// nothing was lost nor doubled, and returns what was seen.
+func countAt(t *testing.T, guest string) (counted func() string) {
+	t.Helper()
+	eventually(t, 60*time.Second, "the guest answers", func() bool { return answersAt(guest) })
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	t.Cleanup(cancel)
 	count := exec.CommandContext(ctx, "./lab", "exec", "../../bin/count", "--every", "100ms", guest+":7")
@@ -622,7 +638,7 @@ func testBalloon(t *testing.T) {
 			has, err := strconv.Atoi(strings.TrimSpace(on(t, 1, "xl list g1 | awk 'NR == 2 { print $3 }'")))
 			return err == nil && has >= mib-2 && has <= mib+2
 		})
-		t.Logf("%d MiB: %s", mib, verify(t))
+		t.Logf("%d MiB: %s", mib, verify(t, "g1"))
 	}
 }
 
