@@ -2,16 +2,9 @@ package control_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
@@ -20,6 +13,7 @@ import (
 	"time"
 
 	"kemari/migrate/control"
+	"kemari/migrate/migratetest"
 )
 
 // channels makes both sides of one, each with its own /etc/pki.
@@ -93,8 +87,8 @@ func shake(t *testing.T, p, s control.Channel) (perr, serr error) {
 }
 
 func TestChannel(t *testing.T) {
-	ca := newAuthority(t)
-	pki := [2]string{ca.host(t, "xen1"), ca.host(t, "xen2")}
+	ca := migratetest.NewAuthority(t)
+	pki := [2]string{ca.Host(t, "xen1"), ca.Host(t, "xen2")}
 	for _, tr := range []control.Transport{control.TransportTLS, control.TransportPKI, control.TransportTCP} {
 		t.Run(string(tr), func(t *testing.T) {
 			p, s := channels(t, tr, pki)
@@ -105,7 +99,7 @@ func TestChannel(t *testing.T) {
 				t.Errorf("primary %v, standby %v", perr, serr)
 			}
 			// Another protection's primary, and another's standby, even of the same hosts.
-			q, r := channels(t, tr, [2]string{ca.host(t, "xen1"), ca.host(t, "xen2")})
+			q, r := channels(t, tr, [2]string{ca.Host(t, "xen1"), ca.Host(t, "xen2")})
 			q.PeerName = p.PeerName
 			if tr != control.TransportTCP {
 				q.Peer, r.Peer = p.Peer, s.Peer
@@ -122,15 +116,15 @@ func TestChannel(t *testing.T) {
 
 // Beside being the one that was told of, a certificate of libvirt's must be good.
 func TestPKI(t *testing.T) {
-	ca, other := newAuthority(t), newAuthority(t)
-	xen1, xen2 := ca.host(t, "xen1"), ca.host(t, "xen2")
+	ca, other := migratetest.NewAuthority(t), migratetest.NewAuthority(t)
+	xen1, xen2 := ca.Host(t, "xen1"), ca.Host(t, "xen2")
 	for name, c := range map[string]struct {
 		pkis [2]string
 		peer string
 		say  string
 	}{
 		"another name":      {[2]string{xen1, xen2}, "xen3", "not xen3"},
-		"another authority": {[2]string{xen1, other.host(t, "xen2")}, "xen2", "unknown authority"},
+		"another authority": {[2]string{xen1, other.Host(t, "xen2")}, "xen2", "unknown authority"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, s := channels(t, control.TransportPKI, c.pkis)
@@ -155,7 +149,7 @@ func TestPKI(t *testing.T) {
 	}
 
 	for _, f := range []string{"CA/cacert.pem", "libvirt/clientcert.pem", "libvirt/private/clientkey.pem"} {
-		pki := ca.host(t, "xen1")
+		pki := ca.Host(t, "xen1")
 		if err := os.Remove(filepath.Join(pki, f)); err != nil {
 			t.Fatal(err)
 		}
@@ -199,64 +193,4 @@ func TestGreetRefuses(t *testing.T) {
 	if err := (control.Channel{Transport: control.TransportTCP}).Greet(t.Context(), nil, control.Primary); err == nil {
 		t.Error("without tokens")
 	}
-}
-
-// authority makes the certificates that libvirt's documentation has one make.
-type authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t *testing.T) *authority {
-	t.Helper()
-	a := &authority{}
-	a.cert, a.key = a.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: "authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign})
-	return a
-}
-
-func (a *authority) sign(t *testing.T, tmpl *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl.SerialNumber = big.NewInt(time.Now().UnixNano())
-	tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
-	parent, by := a.cert, a.key
-	if parent == nil {
-		parent, by = tmpl, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, key.Public(), by)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cert, key
-}
-
-// host returns a folder as a host's /etc/pki.
-func (a *authority) host(t *testing.T, name string) string {
-	t.Helper()
-	dir := t.TempDir()
-	write := func(file, typ string, b []byte) {
-		file = filepath.Join(dir, file)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700),
-			os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: typ, Bytes: b}), 0o600)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write("CA/cacert.pem", "CERTIFICATE", a.cert.Raw)
-	for kind, usage := range map[string]x509.ExtKeyUsage{"client": x509.ExtKeyUsageClientAuth, "server": x509.ExtKeyUsageServerAuth} {
-		cert, key := a.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, ExtKeyUsage: []x509.ExtKeyUsage{usage}})
-		kb, err := x509.MarshalPKCS8PrivateKey(key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		write("libvirt/"+kind+"cert.pem", "CERTIFICATE", cert.Raw)
-		write("libvirt/private/"+kind+"key.pem", "PRIVATE KEY", kb)
-	}
-	return dir
 }

@@ -4,5 +4,6 @@
 // broken and corrupted, and pairs of whole engines on them. Everything but the
 // Network's use of time is deterministic, and all of it works in testing/synctest.
 //
-// It also has Need, by which a test says what of the machine it needs.
+// It also has Need, by which a test says what of the machine it needs, and an Authority
+// for certificates.
 package migratetest

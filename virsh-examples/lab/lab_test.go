@@ -111,6 +111,7 @@ func TestLab(t *testing.T) {
 		{"verify", testVerify},
 		{"balloon", testBalloon},
 		{"abort", testAbort},
+		{"transports", testTransports},
 		{"replicator killed", testReplicatorKilled},
 		{"freeze and thaw", testFreezeThaw},
 		{"power off inside", testPowerOffInside},
@@ -653,6 +654,32 @@ func testAbort(t *testing.T) {
 	eventually(t, 30*time.Second, "no shadow on xen2", func() bool { return !strings.Contains(on(t, 2, "virsh -q list --all"), "g1") })
 	// And once more, since what ended in order can begin again.
 	protect(t)
+}
+
+// testTransports: protection over what is not the default.
+func testTransports(t *testing.T) {
+	ca := migratetest.NewAuthority(t)
+	for n := 1; n <= 2; n++ {
+		pki := t.TempDir() + "/pki.tar"
+		if out, err := try(time.Minute, "tar", "-C", ca.Host(t, fmt.Sprintf("xen%d", n)), "-cf", pki, "."); err != nil {
+			t.Fatalf("tar: %v\n%s", err, out)
+		}
+		lab(t, time.Minute, "copy", strconv.Itoa(n), pki, "/root/pki.tar")
+		on(t, n, "mkdir -p /etc/pki && tar -C /etc/pki --no-same-owner -xf /root/pki.tar")
+	}
+	for _, transport := range []string{"pki", "tcp"} {
+		on(t, 1, "virsh -c kemari:///system domjobabort g1")
+		on(t, 1, protectCommand+" --kemari-transport "+transport)
+		for n, role := range []control.Role{1: control.Primary, 2: control.Standby} {
+			if n > 0 && !strings.Contains(on(t, n, "cat /run/kemari/"+string(role)+"/*/config.json"), `"transport": "`+transport+`"`) {
+				t.Errorf("xen%d does not use %s", n, transport)
+			}
+		}
+		epoch := status(t, 1).Epoch
+		eventually(t, 20*time.Second, "epochs are committed", func() bool { return status(t, 1).Epoch > epoch+2 })
+	}
+	on(t, 1, "virsh -c kemari:///system domjobabort g1")
+	unhindered(t)
 }
 
 func testReplicatorKilled(t *testing.T) {
