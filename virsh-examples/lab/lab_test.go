@@ -476,7 +476,7 @@ func testHVM(t *testing.T) {
 	lab(t, time.Minute, "power-off", "1")
 	eventually(t, 90*time.Second, "the HVM guest answers", func() bool { return answersAt(h1) })
 	counted()
-	if out := on(t, 2, "virsh -q -c xen:///system domstate h1; pgrep -fc 'qemu-system.* h1'"); out != "running\n\n1\n" {
+	if out := on(t, 2, "virsh -q -c xen:///system domstate h1; pgrep -fc 'qemu-system.* h1'"); out != "running\n1\n" {
 		t.Errorf("on xen2: %q", out)
 	}
 }
