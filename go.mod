@@ -25,7 +25,6 @@ require (
 	golang.org/x/sys v0.49.0
 	golang.org/x/term v0.46.0
 	libvirt.org/go/libvirt v1.12002.0
-	libvirt.org/go/libvirtxml v1.12002.0
 	pgregory.net/rapid v1.3.0
 )
 

@@ -3,76 +3,129 @@ package driver
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"syscall"
 	"time"
 
+	"kemari/migrate/xen"
 	"kemari/xml"
 )
 
-// DeviceModel is the program that libvirt runs for the HVM guests of a host.
+// The standby's libvirt runs a device model for an HVM guest only in a take-over, when
+// it is too late to find out that it cannot, or that it does not read the state of the
+// primary's. So both are compared before a guest is protected.
+
+// DeviceModel is the program that runs for an HVM guest, or could.
 type DeviceModel struct {
-	Path string `json:"path"`
-	// Version is what it says of itself, or why it says nothing.
+	Program string `json:"program"`
+	// Version is what it says of itself, Error why that is not known.
 	Version string `json:"version,omitempty"`
 	Error   string `json:"error,omitempty"`
 }
 
-// deviceModelTimeout is for a host that reads the program from a slow disk.
-const deviceModelTimeout = 20 * time.Second
+const (
+	// versionTimeout is for a host that reads the program from a slow disk.
+	versionTimeout = 20 * time.Second
+	// maxFiles bounds what a peer may ask for.
+	maxFiles = 16
+)
 
-// deviceModel finds this host's, if it is for an HVM guest.
-func (d *Driver) deviceModel(ctx context.Context, l Libvirt, hvm bool) (*DeviceModel, error) {
-	if !hvm {
-		return nil, nil
-	}
-	path, err := l.DeviceModel()
+// runningDeviceModel asks the one that runs.
+func runningDeviceModel(domid uint32) *DeviceModel {
+	e, err := xen.FindEmulator(uint16(domid))
+	m := &DeviceModel{Program: e.Program, Version: e.Version}
 	if err != nil {
-		return nil, err
-	}
-	m := &DeviceModel{Path: path}
-	if m.Version, err = d.cfg.Version(ctx, path); err != nil {
 		m.Error = oneLine(err.Error())
 	}
-	return m, nil
+	return m
 }
 
-// programVersion is the first line that a program of QEMU's prints when it is asked.
-func programVersion(ctx context.Context, path string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, deviceModelTimeout)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, path, "-version").Output()
+// hvmRequestOf is what to ask of the standby that will run a guest by that definition.
+func hvmRequestOf(g Guest, standbyXML string) *hvmRequest {
+	if !xml.HasDeviceModel(standbyXML) {
+		return nil
+	}
+	r := &hvmRequest{Program: xml.Emulator(standbyXML), Files: xml.BootFiles(standbyXML)}
+	if r.Program == "" && g.DeviceModel != nil {
+		r.Program = g.DeviceModel.Program
+	}
+	return r
+}
+
+// hvm answers that request.
+func (d *Driver) hvm(ctx context.Context, r *hvmRequest) (*DeviceModel, []string) {
+	var missing []string
+	for _, f := range r.Files[:min(len(r.Files), maxFiles)] {
+		if info, err := os.Stat(f); err != nil || !info.Mode().IsRegular() {
+			missing = append(missing, f)
+		}
+	}
+	if r.Program == "" {
+		return nil, missing
+	}
+	m := &DeviceModel{Program: r.Program}
+	version, err := d.cfg.Version(ctx, r.Program)
+	if err != nil {
+		m.Error = oneLine(err.Error())
+	}
+	m.Version = version
+	return m, missing
+}
+
+// programVersion is the first line that a program prints when it is asked for its
+// version. It must be one that only root can have put there, as libvirt's will run it.
+func programVersion(ctx context.Context, program string) (string, error) {
+	info, err := os.Stat(program)
 	if err != nil {
 		return "", err
 	}
-	line, _, _ := bytes.Cut(out, []byte("\n"))
-	if len(line) == 0 || len(line) > 200 {
-		return "", fmt.Errorf("%s -version: an answer of %d bytes", path, len(line))
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || !filepath.IsAbs(program) || owner.Uid != 0 || !info.Mode().IsRegular() || info.Mode().Perm()&0o022 != 0 {
+		return "", fmt.Errorf("%s is no program that only root can change", program)
 	}
-	return string(line), nil
+	ctx, cancel := context.WithTimeoutCause(ctx, versionTimeout, fmt.Errorf("no answer within %v", versionTimeout))
+	defer cancel()
+	out, err := exec.CommandContext(ctx, program, "-version").Output()
+	line, _, _ := bytes.Cut(out, []byte("\n"))
+	var exit *exec.ExitError
+	switch {
+	case err == nil && len(line) > 0 && len(line) <= 200:
+		return string(line), nil
+	case err == nil:
+		err = fmt.Errorf("an answer of %d bytes", len(line))
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	case errors.As(err, &exit) && len(exit.Stderr) > 0:
+		err = fmt.Errorf("%w, %s", err, bytes.TrimSpace(exit.Stderr))
+	}
+	return "", fmt.Errorf("%s -version: %w", program, err)
 }
 
-// deviceModelReasons are why the device model there would not go on where a guest's
-// here stops. The domain's XML names the program, and the standby's libvirt runs that.
-// It does so only in a take-over, when it is too late to find out.
-func deviceModelReasons(g Guest, there *DeviceModel, host string) []xml.Reason {
-	const sameVersion = "install the same version of qemu-system-xen on both hosts, and start the guest again"
-	here, path := g.DeviceModel, xml.Emulator(g.XML)
-	switch {
-	case here == nil:
-		return nil
-	case there == nil:
-		return []xml.Reason{{Text: host + " does not tell which device model it has for HVM guests", Remedy: "run the same version of Kemari on both hosts"}}
-	case path != "" && path != here.Path:
-		return []xml.Reason{{Text: "the guest has a device model of its own, " + path, Remedy: "remove <emulator> from its XML, so that it gets the host's"}}
-	case here.Error != "":
-		return []xml.Reason{{Text: "this host's device model does not tell its version: " + here.Error, Remedy: "look whether it can be run: " + here.Path + " -version"}}
-	case there.Error != "":
-		return []xml.Reason{{Text: host + " has no device model that can be run for HVM guests: " + there.Error, Remedy: "install qemu-system-xen there"}}
-	case here.Path != there.Path:
-		return []xml.Reason{{Text: fmt.Sprintf("the device model is %s here and %s on %s", here.Path, there.Path, host), Remedy: sameVersion}}
-	case here.Version != there.Version:
-		return []xml.Reason{{Text: fmt.Sprintf("the device model here is %s, and on %s it is %s", here.Version, host, there.Version), Remedy: sameVersion}}
+// deviceModelReasons are why an HVM guest would not go on there.
+func deviceModelReasons(g Guest, there *checkReply) []xml.Reason {
+	var rs []xml.Reason
+	add := func(remedy, format string, a ...any) {
+		rs = append(rs, xml.Reason{Text: fmt.Sprintf(format, a...), Remedy: remedy})
 	}
-	return nil
+	host := there.Host.Name
+	for _, f := range there.Missing {
+		add("copy it there", "%s has no %s, which the guest's device model opens", host, f)
+	}
+	here, that := g.DeviceModel, there.DeviceModel
+	switch {
+	case here == nil && (that == nil || that.Error == ""):
+	case that == nil:
+		add("run the same version of Kemari on both hosts", "%s does not tell which device model it has for HVM guests", host)
+	case that.Error != "":
+		add("install the same version of it there", "%s has no device model that can be run for the guest: %s", host, that.Error)
+	case here.Error != "":
+		add("see whether the guest's QEMU runs, and whether another client is connected with its monitor", "the guest's device model does not tell its version: %s", here.Error)
+	case here.Version != that.Version:
+		add("install the same version on both hosts, and start the guest again", "the guest's device model is %s, and on %s %s is %s", here.Version, host, that.Program, that.Version)
+	}
+	return rs
 }

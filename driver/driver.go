@@ -56,8 +56,10 @@ type Config struct {
 	Libvirt func(ctx context.Context) (Libvirt, error)
 	// Host tells about this host.
 	Host func() (Host, error)
-	// Version asks a device model what it is.
-	Version func(ctx context.Context, path string) (string, error)
+	// DeviceModel finds what runs for an HVM guest here, Version what a program that
+	// could run says of itself.
+	DeviceModel func(domid uint32) *DeviceModel
+	Version     func(ctx context.Context, program string) (string, error)
 	// Dial connects to the virtkemarid of a standby. The connection ends with
 	// Close, which must make blocked Reads and Writes return.
 	Dial func(ctx context.Context, t Target) (io.ReadWriteCloser, error)
@@ -109,6 +111,9 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if cfg.Host == nil {
 		cfg.Host = ReadHost
+	}
+	if cfg.DeviceModel == nil {
+		cfg.DeviceModel = runningDeviceModel
 	}
 	if cfg.Version == nil {
 		cfg.Version = programVersion

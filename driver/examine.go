@@ -111,25 +111,27 @@ func (d *Driver) examine(ctx context.Context, req examineRequest) (*Examination,
 		e.Standby = element.Standby.URI
 	}
 	g := Guest{Name: dom.Name, UUID: dom.UUID, XML: doc}
-	if g.DeviceModel, err = d.deviceModel(ctx, l, xml.HasDeviceModel(doc)); err != nil {
-		return nil, err
-	}
 	if g.MemoryKiB, err = xml.MemoryKiB(doc); err != nil {
 		g.MemoryKiB = 0 // Ineligible has said so
 	}
 	if active {
 		now, err := l.Guest(dom.UUID)
+		g.ID = now.ID
 		switch {
-		case err != nil && !errors.Is(err, ErrNoGuest):
+		case errors.Is(err, ErrNoGuest):
+			active = false
+		case err != nil:
 			return nil, err
-		case err == nil && !now.Running:
+		case !now.Running:
 			add(host.Name, xml.Reason{Text: "it is " + now.State, Remedy: "a guest must run to be protected; resume or start it"})
-		case err == nil && now.Job:
+		case now.Job:
 			add(host.Name, xml.Reason{Text: "libvirt is saving, dumping or migrating it", Remedy: "wait for that"})
 		}
 	}
 	if _, err := d.lastGeneration(ctx, dom); err != nil {
 		add(host.Name, reasonOf(err))
+	} else if active && xml.HasDeviceModel(doc) {
+		g.DeviceModel = d.cfg.DeviceModel(g.ID)
 	}
 	if e.Standby == "" {
 		return e, nil
@@ -141,7 +143,7 @@ func (d *Driver) examine(ctx context.Context, req examineRequest) (*Examination,
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*connectTimeout, fmt.Errorf("no answer within %v", 2*connectTimeout))
 	defer cancel()
-	client, there, err := d.connectStandby(ctx, &request{domain: dom, target: t, deviceModel: g.DeviceModel != nil})
+	client, there, err := d.connectStandby(ctx, &request{domain: dom, target: t}, hvmRequestOf(g, doc))
 	if err != nil {
 		add(t.Host, reasonOf(err))
 		return e, nil

@@ -43,7 +43,8 @@ func parseUUID(t testing.TB, s string) rpc.UUID {
 }
 
 // hvmXML is g1XML as an HVM guest.
-var hvmXML = strings.NewReplacer("machine='xenpvh'", "machine='xenfv'", ">xenpvh<", ">hvm<", "</interface>", "<model type='netfront'/></interface>").Replace(g1XML)
+var hvmXML = strings.NewReplacer("machine='xenpvh'", "machine='xenfv'", ">xenpvh<", ">hvm<", "</interface>", "<model type='netfront'/></interface>",
+	"<kernel>/k<", "<kernel>/proc/version<").Replace(g1XML)
 
 // fakeLibvirt is what a driver itself sees of libvirtd.
 type fakeLibvirt struct {
@@ -69,7 +70,6 @@ func (f *fakeLibvirt) Guest(id rpc.UUID) (Guest, error) {
 }
 func (f *fakeLibvirt) Names() (map[string]Known, error) { return f.names, nil }
 func (f *fakeLibvirt) Node() (Node, error)              { return Node{f.free, 9000000}, nil }
-func (f *fakeLibvirt) DeviceModel() (string, error)     { return "/usr/lib/xen/qemu", nil }
 func (f *fakeLibvirt) Define(_ rpc.UUID, doc string) error {
 	if f.defineErr == nil {
 		f.defined = append(f.defined, doc)
@@ -223,7 +223,8 @@ type testHost struct {
 	host    Host
 	qemu    string // its device model's version
 	qemuErr error
-	rw, ro  string // sockets
+	asked   []string // programs that were asked for their version
+	rw, ro  string   // sockets
 }
 
 type lockedBuffer struct {
@@ -281,8 +282,14 @@ func newHost(t *testing.T, name, upstream string) *testHost {
 		Log:     slog.New(slog.NewTextHandler(buf, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Libvirt: func(context.Context) (Libvirt, error) { return h.libvirt, nil },
 		Host:    func() (Host, error) { return h.host, nil },
-		Version: func(context.Context, string) (string, error) { return h.qemu, h.qemuErr },
-		Dial:    func(context.Context, Target) (io.ReadWriteCloser, error) { return nil, errors.New("no way there") },
+		Version: func(_ context.Context, program string) (string, error) {
+			h.asked = append(h.asked, program)
+			return h.qemu, h.qemuErr
+		},
+		DeviceModel: func(domid uint32) *DeviceModel {
+			return &DeviceModel{Program: "/usr/libexec/qemu", Version: "QEMU 10.0.2"}
+		},
+		Dial: func(context.Context, Target) (io.ReadWriteCloser, error) { return nil, errors.New("no way there") },
 	}
 	var err error
 	if h.d, err = New(h.Config); err != nil {

@@ -7,7 +7,6 @@ import (
 	"net"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
-	"libvirt.org/go/libvirtxml"
 
 	"kemari/driver/rpc"
 	"kemari/migrate/daemon"
@@ -32,8 +31,6 @@ type Libvirt interface {
 	Define(id rpc.UUID, doc string) error
 	// Node tells about libvirt's host.
 	Node() (Node, error)
-	// DeviceModel returns the path of the program that libvirt runs for HVM guests.
-	DeviceModel() (string, error)
 	Close() error
 }
 
@@ -60,7 +57,7 @@ type Guest struct {
 	MemoryKiB uint64
 	Job       bool // libvirt is saving, migrating or dumping it
 
-	DeviceModel *DeviceModel // the host's, if it is an HVM guest
+	DeviceModel *DeviceModel // what runs for it, if it is an HVM guest
 }
 
 // ErrNoGuest is returned where no such domain is active.
@@ -178,21 +175,6 @@ func (c *libvirtConn) Node() (Node, error) {
 		return Node{}, fmt.Errorf("ask for libvirt's version: %w", err)
 	}
 	return Node{FreeMemoryKiB: b / 1024, Version: v}, nil
-}
-
-func (c *libvirtConn) DeviceModel() (string, error) {
-	doc, err := c.l.ConnectGetDomainCapabilities(nil, golibvirt.OptString{"x86_64"}, golibvirt.OptString{"xenfv"}, golibvirt.OptString{"xen"}, 0)
-	if err != nil {
-		return "", fmt.Errorf("ask for the device model: %w", err)
-	}
-	var caps libvirtxml.DomainCaps
-	if err := caps.Unmarshal(doc); err != nil {
-		return "", fmt.Errorf("ask for the device model: %w", err)
-	}
-	if caps.Path == "" {
-		return "", errors.New("ask for the device model: libvirt names none")
-	}
-	return caps.Path, nil
 }
 
 func (c *libvirtConn) Define(id rpc.UUID, doc string) error {

@@ -32,9 +32,15 @@ func unitName(format string, id rpc.UUID) string { return fmt.Sprintf(format, id
 
 // checkRequest asks a host whether it could be the standby of a guest.
 type checkRequest struct {
-	Name        string `json:"name"`
-	UUID        string `json:"uuid"`
-	DeviceModel bool   `json:"device_model,omitempty"` // it is an HVM guest
+	Name string      `json:"name"`
+	UUID string      `json:"uuid"`
+	HVM  *hvmRequest `json:"hvm,omitempty"` // of an HVM guest
+}
+
+// hvmRequest asks for what a host must have to take an HVM guest over.
+type hvmRequest struct {
+	Program string   `json:"program,omitempty"` // of the device model, if it is known
+	Files   []string `json:"files,omitempty"`   // that it opens
 }
 
 // checkReply is what the host knows; the primary draws the conclusions.
@@ -43,6 +49,7 @@ type checkReply struct {
 	Libvirt       uint64       `json:"libvirt"`
 	FreeMemoryKiB uint64       `json:"free_memory_kib"`
 	DeviceModel   *DeviceModel `json:"device_model,omitempty"` // if asked for
+	Missing       []string     `json:"missing,omitempty"`      // of the files asked for
 
 	NameTaken  string        `json:"name_taken,omitempty"` // UUID of another domain of that name
 	UUIDTaken  string        `json:"uuid_taken,omitempty"` // name of the domain of that UUID, if not the guest's

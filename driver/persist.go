@@ -48,7 +48,7 @@ func (d *Driver) departure(ctx context.Context, dom rpc.Domain, peer string, gen
 	if v.to, err = ParseTarget(peer); err != nil {
 		return nil, err
 	}
-	v.there, _, err = d.connectStandby(ctx, &request{domain: dom, target: v.to})
+	v.there, _, err = d.connectStandby(ctx, &request{domain: dom, target: v.to}, nil)
 	return v, err
 }
 

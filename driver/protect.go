@@ -74,6 +74,12 @@ func (d *Driver) abort(ctx context.Context, dom rpc.Domain) error {
 		if errors.Is(e, control.ErrNotRunning) {
 			continue
 		}
+		if errors.Is(e, control.ErrUnanswered) {
+			// It was about to end by itself.
+			if st, err := d.look(ctx, role, dom.UUID); err == nil && st.Phase == control.Ended {
+				return nil
+			}
+		}
 		if e != nil {
 			return fmt.Errorf("end the protection of guest %q: %w", dom.Name, e)
 		}
@@ -134,14 +140,16 @@ func (d *Driver) tryProtect(ctx context.Context, log *slog.Logger, a *rpc.Migrat
 	base := guest.XML
 	if req.destXML != "" {
 		base = req.destXML
+		if err := otherKind(guest.XML, base); err != nil {
+			return err
+		}
 	}
 	standbyXML, err := xml.ForStandby(base, vifScript)
 	if err != nil {
 		return fmt.Errorf("make the standby's XML: %w", err)
 	}
 
-	req.deviceModel = guest.DeviceModel != nil
-	client, there, err := d.connectStandby(ctx, req)
+	client, there, err := d.connectStandby(ctx, req, hvmRequestOf(guest, base))
 	if err != nil {
 		return err
 	}
@@ -256,9 +264,6 @@ func (d *Driver) guest(ctx context.Context, req *request) (Guest, error) {
 	case req.domain.ID >= 0 && uint32(req.domain.ID) != g.ID:
 		return g, refuse(rpc.CodeOperationInvalid, fmt.Sprintf("it has been started anew since it was looked up (%d is now %d)", req.domain.ID, g.ID), "look it up again")
 	}
-	if g.DeviceModel, err = d.deviceModel(ctx, l, xml.HasDeviceModel(g.XML)); err != nil {
-		return g, err
-	}
 	// First what no waiting mends.
 	if err := refuseAll(xml.Ineligible(g.XML)); err != nil {
 		return g, err
@@ -269,11 +274,27 @@ func (d *Driver) guest(ctx context.Context, req *request) (Guest, error) {
 	case g.Job:
 		return g, refuse(rpc.CodeOperationInvalid, "libvirt is saving, dumping or migrating it", "wait for that, or stop it with: virsh -c xen:///system domjobabort "+g.Name)
 	}
+	if xml.HasDeviceModel(g.XML) {
+		g.DeviceModel = d.cfg.DeviceModel(g.ID)
+	}
 	return g, nil
 }
 
-// connectStandby connects to the standby and asks what it is and knows.
-func (d *Driver) connectStandby(ctx context.Context, req *request) (*rpc.Client, *checkReply, error) {
+// otherKind refuses a definition for the standby that would not take the guest, or let
+// out what the guest's own does not.
+func otherKind(guest, standby string) error {
+	if err := refuseAll(xml.Ineligible(standby)); err != nil {
+		return err
+	}
+	if xml.HasDeviceModel(guest) != xml.HasDeviceModel(standby) {
+		return refuse(rpc.CodeConfigUnsupp, "the XML for the standby is not of the guest's type", "leave <os> as it is")
+	}
+	return nil
+}
+
+// connectStandby connects to the standby and asks what it is and knows, and what it has
+// for an HVM guest.
+func (d *Driver) connectStandby(ctx context.Context, req *request, hvm *hvmRequest) (*rpc.Client, *checkReply, error) {
 	conn, err := d.cfg.Dial(ctx, req.target)
 	if err != nil {
 		return nil, nil, fmt.Errorf("standby %s: %w", req.target.Host, err)
@@ -281,7 +302,7 @@ func (d *Driver) connectStandby(ctx context.Context, req *request) (*rpc.Client,
 	client := rpc.NewClient(conn)
 	var r checkReply
 	err = d.ask(ctx, client, req.target, connectTimeout, procCheck,
-		checkRequest{Name: req.domain.Name, UUID: req.domain.UUID.String(), DeviceModel: req.deviceModel}, &r)
+		checkRequest{Name: req.domain.Name, UUID: req.domain.UUID.String(), HVM: hvm}, &r)
 	if err == nil {
 		return client, &r, nil
 	}

@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -101,6 +103,50 @@ func TestProtect(t *testing.T) {
 	wantError(t, protectCall(t, b, args), rpc.CodeOperationInvalid, "this host is its standby (ready)", "runs on xen1")
 }
 
+// An HVM guest's standby is asked for what the guest's own device model is, or for what
+// its definition says.
+func TestProtectHVM(t *testing.T) {
+	for program, doc := range map[string]string{
+		"/usr/libexec/qemu": hvmXML,
+		"/opt/qemu":         strings.Replace(hvmXML, "<devices>", "<devices><emulator>/opt/qemu</emulator>", 1),
+	} {
+		a, b := pair(t)
+		a.libvirt.guest.XML = doc
+		if err := protectCall(t, a, performArgs(t)); err != nil {
+			t.Error(err)
+		}
+		if !slices.Equal(b.asked, []string{program}) {
+			t.Errorf("asked %q, want %s", b.asked, program)
+		}
+	}
+}
+
+// The version of a program that anybody could have put there is not asked for.
+func TestProgramVersion(t *testing.T) {
+	dir := t.TempDir()
+	program := func(name, script string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(path, []byte("#!/bin/sh\n"+script), 0o600), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	if v, err := programVersion(t.Context(), program("good", `[ "$*" = -version ] && echo "QEMU 1"; echo more`, 0o755)); (v != "QEMU 1" || err != nil) && os.Getuid() == 0 {
+		t.Errorf("%q, %v", v, err)
+	}
+	for path, want := range map[string]string{
+		program("writable", "echo QEMU 1", 0o777):                 "only root can change",
+		program("silent", "", 0o755):                              "an answer of 0 bytes",
+		program("broken", "echo it is broken >&2; exit 3", 0o755): "exit status 3, it is broken",
+		dir:                     "only root can change",
+		filepath.Join(dir, "x"): "no such file",
+	} {
+		if v, err := programVersion(t.Context(), path); v != "" || err == nil || !strings.Contains(err.Error(), want) && os.Getuid() == 0 {
+			t.Errorf("%s: %q, %v", path, v, err)
+		}
+	}
+}
+
 // TestProtectRefused has all that stands in the way, each alone.
 func TestProtectRefused(t *testing.T) {
 	param := func(field, v string) func(*testHost, *testHost, *rpc.MigratePerformArgs) {
@@ -151,15 +197,25 @@ func TestProtectRefused(t *testing.T) {
 		}, rpc.CodeConfigUnsupp, []string{"(1) Xen is 4.17.7 here and 4.20.7 on xen2", `another domain "g1", of UUID 01000000-`, `same UUID, "x"`, "active on xen2 too", "(5) xen2 has 1 MiB of memory free, and the guest needs 162"}},
 		"no device model there": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
 			a.libvirt.guest.XML = hvmXML
-			b.qemuErr = errors.New("fork/exec /usr/lib/xen/qemu: no such file or directory")
-		}, rpc.CodeConfigUnsupp, []string{"xen2 has no device model", "no such file", "install qemu-system-xen there"}},
+			b.qemuErr = errors.New("stat /usr/libexec/qemu: no such file or directory")
+		}, rpc.CodeConfigUnsupp, []string{"xen2 has no device model", "no such file", "install the same version"}},
 		"another device model there": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
 			a.libvirt.guest.XML = hvmXML
 			b.qemu = "QEMU 7.2.9"
-		}, rpc.CodeConfigUnsupp, []string{"device model here is QEMU 10.0.2, and on xen2 it is QEMU 7.2.9", "same version of qemu-system-xen"}},
-		"own device model": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
-			a.libvirt.guest.XML = strings.Replace(hvmXML, "<devices>", "<devices><emulator>/opt/qemu</emulator>", 1)
-		}, rpc.CodeConfigUnsupp, []string{"of its own, /opt/qemu", "remove <emulator>"}},
+		}, rpc.CodeConfigUnsupp, []string{"device model is QEMU 10.0.2, and on xen2 /usr/libexec/qemu is QEMU 7.2.9", "start the guest again"}},
+		"silent device model": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
+			a.libvirt.guest.XML = hvmXML
+			a.d.cfg.DeviceModel = func(uint32) *DeviceModel { return &DeviceModel{Program: "/q", Error: "it hangs"} }
+		}, rpc.CodeConfigUnsupp, []string{"does not tell its version: it hangs"}},
+		"no kernel there": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
+			a.libvirt.guest.XML = strings.Replace(hvmXML, "/proc/version", "/nowhere/vmlinuz", 1)
+		}, rpc.CodeConfigUnsupp, []string{"xen2 has no /nowhere/vmlinuz", "copy it there"}},
+		"standby's xml ineligible": {func(a, b *testHost, args *rpc.MigratePerformArgs) {
+			args.Params = append(args.Params, rpc.TypedParam{Field: "destination_xml", Type: rpc.ParamString, String: strings.Replace(g1XML, "<devices>", "<devices><hostdev type='pci'/>", 1)})
+		}, rpc.CodeConfigUnsupp, []string{"PCI device"}},
+		"standby's xml of another kind": {func(a, b *testHost, args *rpc.MigratePerformArgs) {
+			args.Params = append(args.Params, rpc.TypedParam{Field: "destination_xml", Type: rpc.ParamString, String: hvmXML})
+		}, rpc.CodeConfigUnsupp, []string{"not of the guest's type"}},
 		"shadow": {func(_, b *testHost, _ *rpc.MigratePerformArgs) { protectedGuest(t, b, control.Standby, control.Ready) }, rpc.CodeConfigUnsupp, []string{"a shadow of it, for xen9, stands on xen2 already (ready)"}},
 		"protected there": {func(_, b *testHost, _ *rpc.MigratePerformArgs) {
 			protectedGuest(t, b, control.Primary, control.Protected)

@@ -16,8 +16,6 @@ type request struct {
 	target     Target
 	migrateURI string
 	destXML    string
-
-	deviceModel bool // the guest has one
 }
 
 // acceptedFlags are the flags of a migration that go with protection: those that

@@ -97,8 +97,8 @@ func (d *Driver) check(ctx context.Context, req checkRequest) (*checkReply, erro
 		return nil, err
 	}
 	r.Libvirt, r.FreeMemoryKiB = node.Version, node.FreeMemoryKiB
-	if r.DeviceModel, err = d.deviceModel(ctx, l, req.DeviceModel); err != nil {
-		return nil, err
+	if req.HVM != nil {
+		r.DeviceModel, r.Missing = d.hvm(ctx, req.HVM)
 	}
 	names, err := l.Names()
 	if err != nil {

@@ -241,7 +241,7 @@ func (d *Driver) isStandby(ctx context.Context, dom rpc.Domain, st control.Statu
 		return nil
 	}
 	// It may be another name of the same host.
-	client, there, err := d.connectStandby(ctx, &request{domain: dom, target: t})
+	client, there, err := d.connectStandby(ctx, &request{domain: dom, target: t}, nil)
 	if err != nil {
 		return fmt.Errorf("%w (%w)", elsewhere, err)
 	}

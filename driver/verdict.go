@@ -30,7 +30,7 @@ func verdictReasons(g Guest, here Host, there *checkReply) []xml.Reason {
 			Remedy: "bring both hosts to the same release",
 		})
 	}
-	rs = append(rs, deviceModelReasons(g, there.DeviceModel, name)...)
+	rs = append(rs, deviceModelReasons(g, there)...)
 	rs = append(rs, there.conflicts(g.Name, name)...)
 	if need := neededKiB(g.MemoryKiB); there.Shadow == "" && there.FreeMemoryKiB < need {
 		rs = append(rs, xml.Reason{

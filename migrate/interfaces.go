@@ -33,7 +33,8 @@ func (p *Pages) Reset() { p.PFNs, p.Data = p.PFNs[:0], p.Data[:0] }
 type Capture struct {
 	Pages
 	// State is the rest of the guest: for Xen the TSC_INFO, HVM_CONTEXT and
-	// HVM_PARAMS records of the libxc stream. The engine does not look into it.
+	// HVM_PARAMS records of the libxc stream, and for an HVM guest its END and the device
+	// model's state. The engine does not look into it.
 	State []byte
 
 	// Sums is set by who wants to know, beside that, what all of the guest's memory is.

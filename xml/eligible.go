@@ -1,8 +1,10 @@
 package xml
 
 import (
+	"encoding/xml"
 	"fmt"
 	"math/bits"
+	"net/netip"
 	"strconv"
 	"strings"
 )
@@ -40,6 +42,11 @@ func Ineligible(domainXML string) []Reason {
 	if len(d.root.first("cpu").first("numa").named("cell")) > 0 {
 		add("remove <numa> from <cpu>", "virtual NUMA cells are not supported")
 	}
+	for _, c := range d.root.children {
+		if c.name == (xml.Name{Space: xenNamespace, Local: "commandline"}) {
+			add("remove it", "<xen:commandline> gives the device model what is not looked at here, and output of it cannot be held back")
+		}
+	}
 	devices := d.root.first("devices")
 	if d.hasDeviceModel() {
 		rs = append(rs, emulatedReasons(devices)...)
@@ -64,8 +71,27 @@ func Emulator(domainXML string) string {
 
 func (d *document) hasDeviceModel() bool { return d.root.first("os").first("type").trimmed() == "hvm" }
 
-// emulatedReasons are of devices whose output the device model emits past what is held
-// back. Without a model libxl gives a guest an emulated network card as well.
+// BootFiles returns the paths of the files that a device model opens whenever it starts,
+// also for a guest that has booted long ago.
+func BootFiles(domainXML string) []string {
+	d, err := parseDomain(domainXML)
+	if err != nil {
+		return nil
+	}
+	var files []string
+	for _, name := range []string{"kernel", "initrd"} {
+		if f := d.root.first("os").first(name).trimmed(); f != "" {
+			files = append(files, f)
+		}
+	}
+	return files
+}
+
+// emulatedReasons are of devices that the device model emits to the network by, past
+// what is held back, or that it may not be able to open on the standby. What it shows on
+// its own screen, or writes to a terminal of the host, is not held back either: it goes
+// no further by itself. Without a model libxl gives a guest an emulated network card as
+// well.
 func emulatedReasons(devices *node) []Reason {
 	var rs []Reason
 	for _, i := range devices.named("interface") {
@@ -78,6 +104,25 @@ func emulatedReasons(devices *node) []Reason {
 				what + " of an HVM guest has a way out of its own, on which output cannot be held back",
 				"use <model type='netfront'/>, the PV driver's, in its <interface>",
 			})
+		}
+	}
+	for _, kind := range []string{"serial", "parallel"} {
+		for _, c := range devices.named(kind) {
+			if t := c.attr("type"); t != "pty" && t != "null" && t != "vc" {
+				rs = append(rs, Reason{fmt.Sprintf("output of a %s port of type '%s' cannot be held back", kind, t), "use one of type 'pty', or remove it"})
+			}
+		}
+	}
+	for _, g := range devices.named("graphics") {
+		listen := g.attr("listen")
+		if a := g.first("listen").attr("address"); a != "" {
+			listen = a
+		}
+		if ip, err := netip.ParseAddr(listen); listen != "" && (err != nil || !ip.IsUnspecified() && !ip.IsLoopback()) {
+			rs = append(rs, Reason{"its screen listens at " + listen + ", an address that the standby does not have", "let it listen at 127.0.0.1 or 0.0.0.0"})
+		}
+		if g.attr("port") != "" && g.attr("port") != "-1" && g.attr("autoport") != "yes" {
+			rs = append(rs, Reason{"its screen listens at port " + g.attr("port") + ", which may be taken on the standby", "use autoport='yes'"})
 		}
 	}
 	return rs
@@ -167,6 +212,9 @@ func deviceReasons(devices *node) []Reason {
 func passthrough(what string) Reason {
 	return Reason{"a " + what + " of the host is passed through, whose state cannot follow the guest", "remove it from the guest"}
 }
+
+// xenNamespace is that of libvirt's extensions for Xen.
+const xenNamespace = "http://libvirt.org/schemas/domain/xen/1.0"
 
 // kib reads a size as libvirt does: a number and a unit, which is KiB if nothing
 // is said, rounded up to whole KiB.

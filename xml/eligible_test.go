@@ -1,6 +1,7 @@
 package xml
 
 import (
+	"slices"
 	"strings"
 	"testing"
 )
@@ -12,6 +13,8 @@ func TestEligible(t *testing.T) {
 		"Open vSwitch":       pvh("", "<interface type='bridge'><virtualport type='openvswitch'/></interface>"),
 		"routed":             pvh("", "<interface type='ethernet'><script path='vif-route'/><ip address='192.0.2.7'/></interface>"),
 		"HVM":                hvm("<interface type='bridge'><model type='netfront'/></interface>"),
+		"screen":             hvm("<graphics type='vnc' port='5900' autoport='yes' listen='127.0.0.1'/><serial type='pty'/>"),
+		"screen anywhere":    hvm("<graphics type='vnc' port='-1'><listen type='address' address='::'/></graphics>"),
 		"memory, one in MiB": pvh("<currentMemory unit='KiB'>131072</currentMemory>", ""),
 	} {
 		if r := Ineligible(in); r != nil {
@@ -42,12 +45,27 @@ func TestHasDeviceModel(t *testing.T) {
 	}
 }
 
+func TestDeviceModelFiles(t *testing.T) {
+	const in = "<domain type='xen'><os><type>hvm</type><kernel> /boot/vmlinuz </kernel><initrd>/boot/initrd.img</initrd></os><devices><emulator>/opt/qemu</emulator></devices></domain>"
+	if got := BootFiles(in); !slices.Equal(got, []string{"/boot/vmlinuz", "/boot/initrd.img"}) || Emulator(in) != "/opt/qemu" {
+		t.Errorf("%q, %q", got, Emulator(in))
+	}
+	for _, in := range []string{hvm(""), "<domain", "<domain/>"} {
+		if got := BootFiles(in); got != nil || Emulator(in) != "" {
+			t.Errorf("%s: %q, %q", in, got, Emulator(in))
+		}
+	}
+}
+
 func TestIneligible(t *testing.T) {
 	for _, tt := range []struct {
 		in   string
 		want []string // a part of each reason, in order
 	}{
 		{strings.ReplaceAll(pvh("", ""), "xenpvh'>xenpvh", "xenpv'>linux"), []string{"PV guest cannot"}},
+		{hvm("<serial type='tcp'/><serial type='pty'/><parallel type='file'/>"), []string{"serial port of type 'tcp'", "parallel port of type 'file'"}},
+		{hvm("<graphics type='vnc' port='5901' autoport='no' listen='192.0.2.1'><listen type='address' address='192.0.2.1'/></graphics>"), []string{"listens at 192.0.2.1", "port 5901"}},
+		{strings.Replace(hvm(""), "</domain>", "<x:commandline xmlns:x='http://libvirt.org/schemas/domain/xen/1.0'><x:arg value='-netdev'/></x:commandline></domain>", 1), []string{"<xen:commandline>"}},
 		{hvm("<interface type='bridge'/>"), []string{"an emulated network card of an HVM guest"}},
 		{hvm("<interface type='bridge'><model type='e1000'/></interface><hostdev type='pci'/>"), []string{"card (e1000)", "a PCI device"}},
 		{strings.ReplaceAll(pvh("", ""), "xenpvh'>xenpvh", "pc'>exe"), []string{"type 'exe'"}},

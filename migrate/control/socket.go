@@ -54,8 +54,8 @@ type Response struct {
 // ErrNotRunning is returned by Ask where no process listens.
 var ErrNotRunning = errors.New("no such protection is running here")
 
-// errUnanswered is of a process that took the request and ended.
-var errUnanswered = errors.New("the process ended before it answered")
+// ErrUnanswered is returned by Ask of a process that took the request and ended.
+var ErrUnanswered = errors.New("the process ended before it answered")
 
 // Handler answers requests that are no more than an Op. It is called from several
 // goroutines at once, may block, and must return when ctx ends.
@@ -184,7 +184,7 @@ func ask(ctx context.Context, path string, req Request) (Status, error) {
 	}
 	if _, err := c.Write(append(b, '\n')); err != nil {
 		if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
-			err = errUnanswered
+			err = ErrUnanswered
 		}
 		return Status{}, fmt.Errorf("ask %s: %w", op, err)
 	}
@@ -194,7 +194,10 @@ func ask(ctx context.Context, path string, req Request) (Status, error) {
 		if ctx.Err() != nil {
 			return Status{}, context.Cause(ctx)
 		}
-		return Status{}, fmt.Errorf("ask %s: %w", op, errUnanswered)
+		if errors.Is(s.Err(), bufio.ErrTooLong) {
+			return Status{}, fmt.Errorf("ask %s: %w", op, s.Err())
+		}
+		return Status{}, fmt.Errorf("ask %s: %w", op, ErrUnanswered)
 	}
 	var resp Response
 	if err := json.Unmarshal(s.Bytes(), &resp); err != nil {
@@ -214,7 +217,7 @@ func ask(ctx context.Context, path string, req Request) (Status, error) {
 func Look(ctx context.Context, p Paths) (Status, error) {
 	s, err := Ask(ctx, p.Socket, OpStatus)
 	// One that ends just then has left its final status, and soon its socket.
-	for i := 0; i < 10 && errors.Is(err, errUnanswered) && ctx.Err() == nil; i++ {
+	for i := 0; i < 10 && errors.Is(err, ErrUnanswered) && ctx.Err() == nil; i++ {
 		time.Sleep(20 * time.Millisecond)
 		s, err = Ask(ctx, p.Socket, OpStatus)
 	}

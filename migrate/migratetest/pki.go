@@ -22,6 +22,7 @@ type Authority struct {
 	key  *ecdsa.PrivateKey
 }
 
+// NewAuthority makes one, with a key of its own.
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	a := &Authority{}
@@ -52,7 +53,7 @@ func (a *Authority) sign(t testing.TB, tmpl *x509.Certificate) (*x509.Certificat
 	return cert, key
 }
 
-// Host returns a folder as a host's /etc/pki.
+// Host returns a new folder as the /etc/pki of a host of that name.
 func (a *Authority) Host(t testing.TB, name string) string {
 	t.Helper()
 	dir := t.TempDir()

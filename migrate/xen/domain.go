@@ -36,6 +36,8 @@ var (
 const (
 	roundPages   = 256  // of a batch that Round hands over
 	reservePages = 1024 // that a Capture has room for at least
+	// bootTimeout is for an HVM guest that is protected as soon as it is started.
+	bootTimeout = 30 * time.Second
 )
 
 // control is a domain as the hypervisor shows it; see sys.Domain.
@@ -87,7 +89,8 @@ type port interface {
 type Domain struct {
 	susp    suspender
 	xen     control
-	release func() error // closes the connections
+	boots   time.Duration // how long a guest may take to load its PV drivers
+	release func() error  // closes the connections
 	version func() (major, minor uint16)
 	bind    func(remote uint32) (port, error)
 	window  func() (window, error) // another one, of one slot
@@ -129,7 +132,7 @@ type Stats struct {
 
 // OpenDomain opens a running domain to be checkpointed. In the file mark it keeps
 // what CleanupDomain needs to know. Destroy ends the domain through whoever manages
-// it. It returns migrate.ErrGuestGone, ErrNoLogDirty, ErrDeviceModel or ErrNoPVDrivers
+// it. It waits for the PV drivers of a guest that boots. It returns migrate.ErrGuestGone, ErrNoLogDirty, ErrDeviceModel or ErrNoPVDrivers
 // for a domain that cannot be protected, ErrVersion for a Xen that is not known.
 func OpenDomain(ctx context.Context, domid uint32, markPath string, destroy func(context.Context) error, log *slog.Logger) (*Domain, error) {
 	if domid == 0 || domid >= 0x7ff0 {
@@ -143,7 +146,7 @@ func OpenDomain(ctx context.Context, domid uint32, markPath string, destroy func
 	if err != nil {
 		return nil, err
 	}
-	d := &Domain{version: conn.Version, destroy: destroy, log: log}
+	d := &Domain{version: conn.Version, destroy: destroy, log: log, boots: bootTimeout}
 	d.release = conn.Close
 	fail := func(err error) (*Domain, error) {
 		d.free()
@@ -199,8 +202,20 @@ func (d *Domain) check(ctx context.Context) error {
 
 // checkEmulator is check for a guest that has a device model.
 func (d *Domain) checkEmulator(ctx context.Context) error {
-	if irq, err := d.xen.Param(sys.ParamCallbackIRQ); err != nil || irq == 0 {
-		return errors.Join(err, ErrNoPVDrivers)
+	// One that has just been started is on its way to load them.
+	for end := time.Now().Add(d.boots); ; {
+		irq, err := d.xen.Param(sys.ParamCallbackIRQ)
+		if err == nil && irq != 0 {
+			break
+		}
+		if err != nil || !time.Now().Before(end) {
+			return errors.Join(err, ErrNoPVDrivers)
+		}
+		select {
+		case <-time.After(d.susp.look):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
 	node := fmt.Sprintf("/local/domain/%d/image/device-model-domid", d.susp.id)
 	switch in, err := d.susp.store.Read(ctx, node); {

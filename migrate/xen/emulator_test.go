@@ -3,6 +3,7 @@ package xen
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -460,6 +462,12 @@ func TestCheckDeviceModel(t *testing.T) {
 	if err := f.check(t.Context()); !errors.Is(err, ErrNoPVDrivers) {
 		t.Errorf("no PV drivers: %v", err)
 	}
+	f.boots = time.Minute // it is given up when asked to
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := f.check(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("no PV drivers yet: %v", err)
+	}
 	x.noPV = false
 	f.store.Set("/local/domain/7/image/device-model-domid", "0")
 	if err := f.check(t.Context()); err != nil {
@@ -526,4 +534,36 @@ func socketPair() (a, b *net.UnixConn, err error) {
 		conns[i] = c.(*net.UnixConn)
 	}
 	return conns[0], conns[1], nil
+}
+
+func TestFindEmulator(t *testing.T) {
+	proc := t.TempDir()
+	for pid, cmdline := range map[string]string{
+		"1":  "/sbin/init\x00",
+		"20": "/usr/libexec/xen-qemu-system-i386\x00-xen-domid\x0017\x00-no-shutdown\x00",
+		"21": "/usr/libexec/xen-qemu-system-i386\x00-xen-domid\x001\x00-no-shutdown\x00",
+		"22": "grep\x00-xen-domid\x002\x00",
+		"23": "/usr/bin/qemu\x00-xen-domid",
+	} {
+		if err := errors.Join(os.Mkdir(filepath.Join(proc, pid), 0o700), os.WriteFile(filepath.Join(proc, pid, "cmdline"), []byte(cmdline), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if p, err := findProgram(proc, 1); p != "/usr/libexec/xen-qemu-system-i386" || err != nil {
+		t.Errorf("%q, %v", p, err)
+	}
+	for _, domid := range []uint16{2, 3, 7} {
+		if p, err := findProgram(proc, domid); p != "" || err == nil {
+			t.Errorf("domain %d: %q", domid, p)
+		}
+	}
+	for greeting, want := range map[string]string{
+		`{"version": {"qemu": {"micro": 7, "minor": 0, "major": 10}, "package": "Debian 1:10.0.7+ds-0+deb13u1+b1"}, "capabilities": ["oob"]}`: "QEMU emulator version 10.0.7 (Debian 1:10.0.7+ds-0+deb13u1+b1)",
+		`{"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}}`:                                                          "QEMU emulator version 7.2.0",
+		`{"version": 7}`: "",
+	} {
+		if v, err := qemuVersion([]byte(greeting)); v != want || (err == nil) != (want != "") {
+			t.Errorf("%s: %q, %v", greeting, v, err)
+		}
+	}
 }

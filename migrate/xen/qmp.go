@@ -27,6 +27,7 @@ import (
 type qmp struct {
 	conn           *net.UnixConn
 	r              *bufio.Reader
+	greeting       json.RawMessage
 	sent, answered uint64 // numbers of the last commands
 }
 
@@ -76,6 +77,7 @@ func (q *qmp) hello() error {
 			return fmt.Errorf("the device model's greeting: %w", err)
 		}
 		if greeting.QMP != nil {
+			q.greeting = greeting.QMP
 			return q.do("qmp_capabilities", nil, nil)
 		}
 	}

@@ -285,13 +285,19 @@ func status(t testing.TB, n int) control.Status {
 // statusAs is status of one role, if it is not empty.
 func statusAs(t testing.TB, n int, role control.Role) control.Status {
 	t.Helper()
+	return statusOf(t, n, g1UUID, role)
+}
+
+// statusOf is statusAs of any guest.
+func statusOf(t testing.TB, n int, uuid string, role control.Role) control.Status {
+	t.Helper()
 	var all []control.Status
 	out := on(t, n, "kemari status --json")
 	if err := json.Unmarshal([]byte(out), &all); err != nil {
 		t.Fatalf("kemari status --json: %v\n%s", err, out)
 	}
 	for _, s := range all {
-		if s.UUID == g1UUID && (role == "" || s.Role == role) {
+		if s.UUID == uuid && (role == "" || s.Role == role) {
 			return s
 		}
 	}
@@ -450,6 +456,9 @@ func testRefusals(t *testing.T) {
 	on(t, 1, `sed -e "s#<type.*#<type arch='x86_64' machine='xenpv'>linux</type>#" -e '/<clock/,/<.clock>/d' -e s/0000a1/0000d1/ -e s/g1/p1/ -e s/3e:00:00:01/3e:00:00:04/ /var/lib/kemari-lab/g1.xml > /root/p1.xml; for i in 1 2 3; do virsh -q -c xen:///system create --paused /root/p1.xml && exit; sleep 5; done; exit 1`)
 	refused(t, 1, migrate+"p1 kemari+ssh://xen2/system", "PV guest", "xenpvh")
 	refused(t, 1, "kemari check p1", "PV guest")
+	on(t, 1, "sed 's/netfront/e1000/' /var/lib/kemari-lab/h1.xml > /root/h1.xml && virsh -q -c xen:///system define /root/h1.xml")
+	refused(t, 1, "kemari check h1", "emulated network card", "netfront")
+	on(t, 1, "virsh -q -c xen:///system undefine h1")
 	on(t, 1, "virsh -q -c xen:///system destroy p1")
 	// The other host has no Kemari.
 	on(t, 2, "systemctl stop virtkemarid.socket virtkemarid-ro.socket virtkemarid.service")
@@ -461,23 +470,40 @@ func testRefusals(t *testing.T) {
 	on(t, 1, "virsh -q -c xen:///system destroy g1")
 }
 
-// testHVM: an HVM guest, whose device model's state follows it, survives a power cut.
+// testHVM: an HVM guest, whose device model's state follows it, goes on when its
+// replicator is killed, is handed over, and comes back by a power cut.
 func testHVM(t *testing.T) {
-	const h1 = "10.99.0.102"
+	const h1, uuid = "10.99.0.102", "00000000-0000-4000-8000-0000000000c1"
+	protect := strings.Replace(protectCommand, " g1 ", " h1 ", 1)
 	on(t, 1, "virsh -q -c xen:///system create /var/lib/kemari-lab/h1.xml")
-	eventually(t, 5*time.Minute, "the HVM guest answers", func() bool { return answersAt(h1) })
 	if out := on(t, 1, "virsh -q -c xen:///system dumpxml h1"); !strings.Contains(out, ">hvm<") {
 		t.Errorf("h1 is no HVM guest:\n%s", out)
 	}
-	on(t, 1, strings.Replace(protectCommand, " g1 ", " h1 ", 1))
+	// What the device model would open is looked for on the standby.
+	on(t, 2, "mv /var/lib/kemari-lab/vmlinuz /root/")
+	refused(t, 1, protect, "xen2 has no /var/lib/kemari-lab/vmlinuz")
+	on(t, 2, "mv /root/vmlinuz /var/lib/kemari-lab/")
+	on(t, 1, protect) // it may still boot
+	eventually(t, 2*time.Minute, "the HVM guest answers", func() bool { return answersAt(h1) })
 	counted := countAt(t, h1)
-	time.Sleep(5 * time.Second)
+
+	on(t, 1, "systemctl kill -s KILL kemari-replicator@"+uuid)
+	eventually(t, 90*time.Second, "the replicator's end is known", func() bool { return statusOf(t, 1, uuid, control.Primary).Phase == control.Ended })
+	eventually(t, 60*time.Second, "the HVM guest answers", func() bool { return answersAt(h1) })
+	eventually(t, 60*time.Second, "no shadow on xen2", func() bool { return !strings.Contains(on(t, 2, "virsh -q list --all"), "h1") })
+	on(t, 1, protect)
 	t.Log(verify(t, "h1"))
-	lab(t, time.Minute, "power-off", "1")
+
+	t.Log(strings.TrimSpace(on(t, 1, "kemari switchover h1 --json")))
+	eventually(t, 3*time.Minute, "the roles are swapped", func() bool {
+		return statusOf(t, 2, uuid, control.Primary).Phase == control.Protected && statusOf(t, 1, uuid, control.Standby).Phase == control.Ready
+	})
+	time.Sleep(5 * time.Second)
+	lab(t, time.Minute, "power-off", "2")
 	eventually(t, 90*time.Second, "the HVM guest answers", func() bool { return answersAt(h1) })
 	counted()
-	if out := on(t, 2, "virsh -q -c xen:///system domstate h1; pgrep -fc 'qemu-system.* h1'"); out != "running\n1\n" {
-		t.Errorf("on xen2: %q", out)
+	if out := on(t, 1, "virsh -q -c xen:///system domstate h1; pgrep -fc 'qemu-system.* h1'"); out != "running\n1\n" {
+		t.Errorf("on xen1: %q", out)
 	}
 }
 

@@ -24,6 +24,10 @@ func hint(err error) string {
 		return "see the primary's journal (kemari-replicator@)"
 	case errors.Is(err, xen.ErrNoSuspend):
 		return "check inside the guest that it answers, and that its kernel was built with Xen's save and restore"
+	case errors.Is(err, xen.ErrNoPVDrivers):
+		return "wait until the guest has booted; if its <features> turn the Xen platform device off, or its system has no PV drivers, change that"
+	case errors.Is(err, xen.ErrDeviceModel):
+		return "see the guest's log in /var/log/xen (qemu-dm-*), and whether another client is connected with its QEMU's monitor"
 	case errors.Is(err, xen.ErrNoLogDirty):
 		return "make it a PVH guest: <type machine='xenpvh'>xenpvh</type>"
 	}

@@ -22,6 +22,8 @@ func TestHint(t *testing.T) {
 		{errors.Join(migrate.ErrTakenOver, xen.ErrStands), "runs on the standby's host"},
 		{fmt.Errorf("take over: %w", migrate.ErrMayRun), "if on both"},
 		{migrate.ErrGuestGone, ""},
+		{xen.ErrNoPVDrivers, "until the guest has booted"},
+		{fmt.Errorf("checkpoint: %w", xen.ErrDeviceModel), "qemu-dm-"},
 	} {
 		if got := hint(c.err); !strings.Contains(got, c.want) || (got == "") != (c.want == "") {
 			t.Errorf("%v: %q, want %q", c.err, got, c.want)
