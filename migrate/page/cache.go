@@ -4,7 +4,7 @@ import "math/bits"
 
 // cache holds pages by pfn, at most as many as it was made for. Its memory is
 // four slices without a pointer in them, so the garbage collector has nothing to
-// follow. All of it is had when it is made, and not when the host has none left.
+// follow, and a slot's page costs memory only once it is used.
 //
 // Which page has to go is decided by a clock with a count: a page that is found
 // again gains a turn, up to maxTurns, and loses one whenever the hand passes. A
@@ -31,17 +31,13 @@ func newCache(pages int) *cache {
 	pages = max(0, min(pages, maxCache))
 	// At most half full, so that probes are short.
 	log := max(1, bits.Len(uint(2*pages)))
-	c := &cache{
+	return &cache{
 		pages: make([]byte, pages*Size),
 		pfns:  make([]PFN, pages),
 		turns: make([]uint8, pages),
 		index: make([]uint32, 1<<log),
 		shift: uint8(64 - log),
 	}
-	for i := 0; i < len(c.pages); i += Size {
-		c.pages[i] = 1 // touched, the host gives it
-	}
-	return c
 }
 
 // home is where in the index pfn should be.
