@@ -117,14 +117,14 @@ func deviceModelReasons(g Guest, there *checkReply) []xml.Reason {
 	}
 	here, that := g.DeviceModel, there.DeviceModel
 	switch {
+	case here != nil && here.Error != "": // perhaps it could not be said what to ask for
+		add("see whether the guest's QEMU runs, and whether another client is connected with its monitor", "the guest's device model does not tell its version: %s", here.Error)
 	case here == nil && (that == nil || that.Error == ""):
 	case that == nil:
 		add("run the same version of Kemari on both hosts", "%s does not tell which device model it has for HVM guests", host)
 	case that.Error != "":
 		add("install the same version of it there", "%s has no device model that can be run for the guest: %s", host, that.Error)
-	case here.Error != "":
-		add("see whether the guest's QEMU runs, and whether another client is connected with its monitor", "the guest's device model does not tell its version: %s", here.Error)
-	case here.Version != that.Version:
+	case here != nil && here.Version != that.Version:
 		add("install the same version on both hosts, and start the guest again", "the guest's device model is %s, and on %s %s is %s", here.Version, host, that.Program, that.Version)
 	}
 	return rs

@@ -207,6 +207,10 @@ func TestProtectRefused(t *testing.T) {
 			a.libvirt.guest.XML = hvmXML
 			a.d.cfg.DeviceModel = func(uint32) *DeviceModel { return &DeviceModel{Program: "/q", Error: "it hangs"} }
 		}, rpc.CodeConfigUnsupp, []string{"does not tell its version: it hangs"}},
+		"no device model": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
+			a.libvirt.guest.XML = hvmXML
+			a.d.cfg.DeviceModel = func(uint32) *DeviceModel { return &DeviceModel{Error: "none runs"} }
+		}, rpc.CodeConfigUnsupp, []string{"does not tell its version: none runs"}},
 		"no kernel there": {func(a, b *testHost, _ *rpc.MigratePerformArgs) {
 			a.libvirt.guest.XML = strings.Replace(hvmXML, "/proc/version", "/nowhere/vmlinuz", 1)
 		}, rpc.CodeConfigUnsupp, []string{"xen2 has no /nowhere/vmlinuz", "copy it there"}},

@@ -28,7 +28,7 @@ func FindEmulator(domid uint16) (Emulator, error) {
 	}
 	q, err := dialQMP(monitorPath(domid))
 	if err != nil {
-		return Emulator{}, fmt.Errorf("ask the device model for its version: %w", err)
+		return Emulator{Program: program}, fmt.Errorf("ask the device model for its version: %w", err)
 	}
 	defer q.Close()
 	version, err := qemuVersion(q.greeting)
