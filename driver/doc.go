@@ -20,6 +20,7 @@
 //	            has it protected the other way round; persist.go defines it there
 //	            and undefines it here
 //	migrate.go  every way to ask for it; capabilities.go says that one can
+//	verdict.go  why the standby cannot be one; devicemodel.go for HVM guests
 //
 // The driver holds no guest's life in its hands. What protects a guest are
 // processes of their own, which go on when this one ends; the driver's only
