@@ -273,8 +273,8 @@ func TestToldAnyway(t *testing.T) {
 		<-x.PrimaryErr
 		x.Net.Cut(false)
 		for _, h := range []wire.Hello{
-			{Lowest: 3, Highest: 4, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99},
-			{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 512, Session: 99},
+			{Lowest: wire.Version + 1, Highest: wire.Version + 1, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99},
+			{Lowest: wire.Version, Highest: wire.Version, UUID: [16]byte{1}, MemoryKiB: 512, Session: 99},
 		} {
 			conn, err := x.Net.Dial(t.Context())
 			if err != nil {

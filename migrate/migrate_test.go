@@ -1006,7 +1006,7 @@ func TestCopyAnotherHead(t *testing.T) {
 				Heartbeat: migrate.Heartbeat{Interval: interval, Timeout: timeout}}, n.Accept, s, slog.New(slog.DiscardHandler))
 			done := make(chan error, 1)
 			go func() { done <- sb.Run(t.Context()) }()
-			hello := wire.Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}.Append(nil)
+			hello := wire.Hello{Lowest: wire.Version, Highest: wire.Version, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}.Append(nil)
 			for _, h := range []string{migratetest.Head, head} {
 				conn, err := n.Dial(t.Context())
 				if err != nil {
@@ -1219,7 +1219,7 @@ func randomFaults(t *testing.T, seed uint64) (bothSilent bool) {
 func TestHostilePrimary(t *testing.T) {
 	hello := helloAt(0)
 	with := func(f func(*wire.Hello)) *wire.Frame {
-		h := wire.Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}
+		h := wire.Hello{Lowest: wire.Version, Highest: wire.Version, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7}
 		f(&h)
 		return frame(wire.TypeHello, 0, h.Append(nil))
 	}
@@ -1239,7 +1239,7 @@ func TestHostilePrimary(t *testing.T) {
 		"no hello":                {[]*wire.Frame{pages(1, 0)}, 0, 0, false},
 		"another guest":           {[]*wire.Frame{with(func(h *wire.Hello) { h.UUID[3] = 1 })}, 0, 0, false},
 		"another size":            {[]*wire.Frame{with(func(h *wire.Hello) { h.MemoryKiB++ })}, 0, 0, false},
-		"another version":         {[]*wire.Frame{with(func(h *wire.Hello) { h.Lowest, h.Highest = 3, 4 })}, 0, 0, false},
+		"another version":         {[]*wire.Frame{with(func(h *wire.Hello) { h.Lowest, h.Highest = wire.Version+1, wire.Version+1 })}, 0, 0, false},
 		"from the middle":         {[]*wire.Frame{with(func(h *wire.Hello) { h.Committed = 4 })}, 0, 0, false},
 		"another generation":      {[]*wire.Frame{{Type: wire.TypeHello, Generation: 4, Payload: hello.Payload}}, 0, 0, false},
 		"hello twice":             {[]*wire.Frame{hello, hello}, 0, 0, false},
@@ -1352,9 +1352,9 @@ func TestIntruder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x := start(t, migratetest.Options{Automatic: true})
 		for _, h := range []wire.Hello{
-			{Lowest: 2, Highest: 2, UUID: [16]byte{2}, MemoryKiB: 256, Session: 99},
-			{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 128, Session: 99, Committed: x.Primary.Stats().Epoch},
-			{Lowest: 3, Highest: 4, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99},
+			{Lowest: wire.Version, Highest: wire.Version, UUID: [16]byte{2}, MemoryKiB: 256, Session: 99},
+			{Lowest: wire.Version, Highest: wire.Version, UUID: [16]byte{1}, MemoryKiB: 128, Session: 99, Committed: x.Primary.Stats().Epoch},
+			{Lowest: wire.Version + 1, Highest: wire.Version + 1, UUID: [16]byte{1}, MemoryKiB: 256, Session: 99},
 		} {
 			var conn net.Conn
 			conn, err := x.Net.Dial(t.Context())

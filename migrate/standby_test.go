@@ -27,7 +27,7 @@ func frame(typ wire.Type, e wire.Epoch, payload []byte) *wire.Frame {
 }
 
 func helloAt(committed wire.Epoch) *wire.Frame {
-	h := wire.Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7, Committed: committed}
+	h := wire.Hello{Lowest: wire.Version, Highest: wire.Version, UUID: [16]byte{1}, MemoryKiB: 4096, Session: 7, Committed: committed}
 	return frame(wire.TypeHello, 0, h.Append(nil))
 }
 

@@ -88,7 +88,8 @@ func MaxPages(n int) int { return n / headerSize }
 type record struct {
 	kind   kind
 	pfn    PFN
-	header []byte
+	header uint64
+	sum    uint32
 	body   []byte
 }
 
@@ -98,7 +99,7 @@ func (d *Decoder) next(src []byte) (record, error) {
 		return record{}, fmt.Errorf("%w: %d bytes are left", ErrFormat, len(src))
 	}
 	h := binary.BigEndian.Uint64(src)
-	r := record{kind: kind(h >> 61), pfn: PFN(h) & MaxPFN, header: src[:headerSize]}
+	r := record{kind: kind(h >> 61), pfn: PFN(h) & MaxPFN, header: h, sum: binary.BigEndian.Uint32(src[8:])}
 	n := int(h >> 48 & 0x1fff)
 	switch {
 	case r.kind == 0 || r.kind > kindLast:
@@ -145,7 +146,7 @@ func (d *Decoder) fill(p *[Size]byte, r record) error {
 
 // check tells whether p is the page that was encoded.
 func (r record) check(p *[Size]byte) error {
-	if check(r.header[:8], p[:]) != binary.BigEndian.Uint32(r.header[8:]) {
+	if check(r.header, p) != r.sum {
 		return fmt.Errorf("%w: page %v, kind %d", ErrBase, r.pfn, r.kind)
 	}
 	return nil

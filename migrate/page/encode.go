@@ -114,8 +114,9 @@ func (e *Encoder) seal(dst []byte, k kind, n int, pfn PFN, p *[Size]byte) []byte
 	start := len(dst)
 	dst = dst[:start+headerSize+n]
 	h := dst[start : start+headerSize]
-	binary.BigEndian.PutUint64(h, uint64(k)<<61|uint64(n)<<48|uint64(pfn))
-	binary.BigEndian.PutUint32(h[8:], check(h[:8], p[:]))
+	header := uint64(k)<<61 | uint64(n)<<48 | uint64(pfn)
+	binary.BigEndian.PutUint64(h, header)
+	binary.BigEndian.PutUint32(h[8:], check(header, p))
 	return dst
 }
 

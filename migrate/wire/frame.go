@@ -12,7 +12,7 @@ import (
 const Magic uint32 = 0x4b4d5249
 
 // Version of the format. A reader refuses any other.
-const Version uint8 = 2
+const Version uint8 = 3
 
 // HeaderSize is the length of a frame's header in bytes.
 const HeaderSize = 32

@@ -20,8 +20,8 @@ var update = flag.Bool("update", false, "write the golden files anew; a changed 
 const gen = 0x0102030405060708
 
 var (
-	hello   = Hello{Lowest: 2, Highest: 2, UUID: [16]byte{1, 2, 15: 16}, MemoryKiB: 131072, Session: 0x1122334455667788, Committed: 41}
-	welcome = Welcome{Version: 2, Committed: 42}
+	hello   = Hello{Lowest: 3, Highest: 3, UUID: [16]byte{1, 2, 15: 16}, MemoryKiB: 131072, Session: 0x1122334455667788, Committed: 41}
+	welcome = Welcome{Version: 3, Committed: 42}
 	end     = EpochEnd{Pages: 3, Bytes: 12345, CRC: 0xdeadbeef}
 	sums    = Sums{Total: 32768, Before: 4096, First: 0x1000, Sums: []uint64{0x0123456789abcdef, 42}}
 	said    = Compared{Pages: 32768, Differ: 2, Missing: 1, PFNs: []uint64{0x1f, 0xfeffc}}
@@ -102,7 +102,7 @@ func TestRoundTrip(t *testing.T) {
 // Golden files hold the format: a change of one needs a new version.
 func TestGolden(t *testing.T) {
 	for typ, b := range frames(t) {
-		name := filepath.Join("testdata", "v2", strings.ToLower(typ.String())+".hex")
+		name := filepath.Join("testdata", "v3", strings.ToLower(typ.String())+".hex")
 		if *update {
 			if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 				t.Fatal(err)
@@ -126,7 +126,7 @@ func TestGolden(t *testing.T) {
 func TestVersion1(t *testing.T) {
 	old := []byte("KMRI\x01\x05\x00\x00\x01\x02\x03\x04\x05\x06\x07\x08\x00\x00\x00\x00\x00\x00\x00\x07\x00\x00\x00\x00\x00\x00\x00\x00")
 	_, err := NewReader(bytes.NewReader(old), gen).Read()
-	if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "theirs is 1, ours 2") {
+	if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "theirs is 1, ours 3") {
 		t.Errorf("version 1: %v", err)
 	}
 }
@@ -135,7 +135,7 @@ func TestChoose(t *testing.T) {
 	for _, c := range []struct {
 		lowest, highest uint8
 		ok              bool
-	}{{1, 1, false}, {1, 2, true}, {2, 2, true}, {1, 9, true}, {3, 9, false}} {
+	}{{1, 2, false}, {1, 3, true}, {3, 3, true}, {1, 9, true}, {4, 9, false}} {
 		v, err := Hello{Lowest: c.lowest, Highest: c.highest}.Choose()
 		if (err == nil) != c.ok || c.ok && v != Version || !c.ok && !errors.Is(err, ErrVersion) {
 			t.Errorf("%d to %d: %d, %v", c.lowest, c.highest, v, err)
@@ -191,7 +191,7 @@ func TestPayloadsRefused(t *testing.T) {
 		}
 	}
 	for name, h := range map[string]Hello{
-		"no session": {Lowest: 2, Highest: 2}, "no version": {Session: 1}, "versions turned round": {Lowest: 3, Highest: 2, Session: 1},
+		"no session": {Lowest: 3, Highest: 3}, "no version": {Session: 1}, "versions turned round": {Lowest: 3, Highest: 2, Session: 1},
 	} {
 		if _, err := ParseHello(h.Append(nil)); !errors.Is(err, ErrFormat) {
 			t.Errorf("%s: %v", name, err)
