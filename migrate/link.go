@@ -73,7 +73,7 @@ type link struct {
 	gen  wire.Generation
 	life *life
 	r    *wire.Reader
-	// patience is how long the peer may take over a frame, each one anew; zero is for
+	// patience is how long the peer may take over a write, each one anew; zero is for
 	// ever. A write that has run out of it is the last: TLS cannot go on after it.
 	patience time.Duration
 	wrote    atomic.Int64 // when the last frame went out, as life.seen
@@ -97,24 +97,24 @@ func (l *link) send(t wire.Type, e wire.Epoch, payload []byte) error {
 		return err
 	}
 	l.buf = b
-	return l.writeLocked(t, b)
+	return l.writeLocked(b)
 }
 
-// write writes an encoded frame.
-func (l *link) write(t wire.Type, b []byte) error {
+// write writes encoded frames.
+func (l *link) write(b []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.writeLocked(t, b)
+	return l.writeLocked(b)
 }
 
-func (l *link) writeLocked(t wire.Type, b []byte) error {
+func (l *link) writeLocked(b []byte) error {
 	if l.patience > 0 {
 		if err := l.conn.SetWriteDeadline(time.Now().Add(l.patience)); err != nil {
 			return fmt.Errorf("%w: %w", errLine, err)
 		}
 	}
 	if _, err := l.conn.Write(b); err != nil {
-		return fmt.Errorf("%w: send %v: %w", errLine, t, err)
+		return fmt.Errorf("%w: send: %w", errLine, err)
 	}
 	l.wrote.Store(l.life.now())
 	return nil

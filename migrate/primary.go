@@ -85,7 +85,7 @@ type Primary struct {
 	// Of Run's goroutine.
 	enc      *page.Encoder
 	capture  Capture
-	frame    []byte       // being filled
+	frames   []byte       // of an epochWriter
 	last     *primaryLine // on which the last epoch was committed
 	sealed   bool         // the output of the epoch under way is held, and waits for its commit
 	passing  bool         // output passes: nothing is held
@@ -122,7 +122,7 @@ func NewPrimary(cfg PrimaryConfig, dial Dial, g Guest, o Output, log *slog.Logge
 		life:    life{born: time.Now()},
 		session: wire.Session(rand.Uint64() | 1),
 		enc:     page.NewEncoder(cfg.CachePages),
-		frame:   wire.Room(make([]byte, 0, wire.HeaderSize+wire.MaxPayload)),
+		frames:  make([]byte, 0, 2*maxFrame),
 		passing: true,
 		changed: make(chan struct{}), kept: make(chan struct{}),
 	}
@@ -287,7 +287,7 @@ func (p *Primary) copy(ctx context.Context, epoch wire.Epoch, head []byte) (bega
 				return began, err
 			}
 		}
-		w.line, w.end = l, wire.EpochEnd{}
+		w.line, w.end, w.frames = l, wire.EpochEnd{}, p.frames[:0]
 		began, err = p.copyOn(ctx, &w, head)
 		switch {
 		case errors.Is(err, errRefused):
@@ -332,6 +332,10 @@ func (p *Primary) again(epoch wire.Epoch) error {
 func (p *Primary) copyOn(ctx context.Context, w *epochWriter, head []byte) (began time.Time, err error) {
 	if head != nil {
 		if err := w.bytes(wire.TypeHead, head); err != nil {
+			return began, err
+		}
+		// Making the copy's domain takes the standby longer than reading the first pages us.
+		if err := w.flush(); err != nil {
 			return began, err
 		}
 	}
@@ -533,7 +537,7 @@ func (p *Primary) commit(ctx context.Context, epoch wire.Epoch) error {
 				p.enc.Forget(pfn)
 			}
 		}
-		w = epochWriter{p: p, line: l, epoch: epoch}
+		w = epochWriter{p: p, line: l, epoch: epoch, frames: p.frames[:0]}
 		if restart {
 			if err := l.send(wire.TypeRestart, epoch, nil); err != nil {
 				<-l.done
@@ -610,13 +614,20 @@ func (p *Primary) committed(epoch wire.Epoch, w *epochWriter, lag time.Duration)
 // errRefused: the standby has refused the epoch while it was being sent.
 var errRefused = errors.New("refused meanwhile")
 
-// epochWriter encodes and sends one epoch on one connection.
+// maxFrame is the length of the longest frame, in bytes.
+const maxFrame = wire.HeaderSize + wire.MaxPayload
+
+// epochWriter encodes one epoch and sends it on one connection. Frames gather until
+// there is no room for another: a write costs a slow host milliseconds, and an epoch is
+// mostly small enough to leave in one.
 type epochWriter struct {
-	p     *Primary
-	line  *primaryLine
-	epoch wire.Epoch
-	whole bool // pages may come several times: none may refer to what the standby has
-	end   wire.EpochEnd
+	p      *Primary
+	line   *primaryLine
+	epoch  wire.Epoch
+	whole  bool // pages may come several times: none may refer to what the standby has
+	end    wire.EpochEnd
+	frames []byte // not sent yet
+	start  int    // in frames, of the one that is being filled
 }
 
 // finish sends the capture and what ends the epoch.
@@ -627,38 +638,54 @@ func (w *epochWriter) finish(c *Capture) error {
 	if err := w.bytes(wire.TypeState, c.State); err != nil {
 		return err
 	}
-	return w.line.send(wire.TypeEpochEnd, w.epoch, w.end.Append(nil))
+	if err := w.open(); err != nil {
+		return err
+	}
+	w.frames = w.end.Append(w.frames)
+	if err := w.close(wire.TypeEpochEnd); err != nil {
+		return err
+	}
+	return w.flush()
 }
 
 // pages encodes pages into frames that are cut between records.
 func (w *epochWriter) pages(b *Pages) error {
-	buf := w.p.frame[:wire.HeaderSize]
+	if err := w.open(); err != nil {
+		return err
+	}
 	for i, pfn := range b.PFNs {
-		if len(buf)+page.MaxEncoded > wire.HeaderSize+wire.MaxPayload {
-			if err := w.flush(wire.TypePages, buf); err != nil {
+		if len(w.frames)-w.start+page.MaxEncoded > maxFrame {
+			if err := w.close(wire.TypePages); err != nil {
 				return err
 			}
-			buf = buf[:wire.HeaderSize]
+			if err := w.open(); err != nil {
+				return err
+			}
 		}
 		if w.whole {
 			w.p.enc.Forget(pfn)
 		}
-		n := len(buf)
-		if buf = w.p.enc.Append(buf, pfn, b.Page(i)); len(buf) > n {
+		n := len(w.frames)
+		if w.frames = w.p.enc.Append(w.frames, pfn, b.Page(i)); len(w.frames) > n {
 			w.end.Pages++
 		}
 	}
-	if len(buf) == wire.HeaderSize {
+	if len(w.frames) == w.start+wire.HeaderSize {
+		w.frames = w.frames[:w.start]
 		return nil
 	}
-	return w.flush(wire.TypePages, buf)
+	return w.close(wire.TypePages)
 }
 
-// bytes sends opaque bytes in as many frames as it takes.
+// bytes adds opaque bytes in as many frames as it takes.
 func (w *epochWriter) bytes(t wire.Type, b []byte) error {
 	for {
+		if err := w.open(); err != nil {
+			return err
+		}
 		n := min(len(b), wire.MaxPayload)
-		if err := w.flush(t, append(w.p.frame[:wire.HeaderSize], b[:n]...)); err != nil {
+		w.frames = append(w.frames, b[:n]...)
+		if err := w.close(t); err != nil {
 			return err
 		}
 		if b = b[n:]; len(b) == 0 {
@@ -667,16 +694,36 @@ func (w *epochWriter) bytes(t wire.Type, b []byte) error {
 	}
 }
 
-func (w *epochWriter) flush(t wire.Type, b []byte) error {
+// open begins a frame, for which there is room then.
+func (w *epochWriter) open() error {
+	if len(w.frames) > cap(w.frames)-maxFrame {
+		if err := w.flush(); err != nil {
+			return err
+		}
+	}
+	w.start = len(w.frames)
+	w.frames = wire.Room(w.frames)
+	return nil
+}
+
+func (w *epochWriter) close(t wire.Type) error {
+	f := wire.Frame{Type: t, Generation: w.p.cfg.Generation, Epoch: w.epoch}
+	if err := f.Fill(w.frames[w.start:]); err != nil {
+		return err
+	}
+	if t != wire.TypeEpochEnd {
+		w.end.Add(f)
+	}
+	return nil
+}
+
+func (w *epochWriter) flush() error {
 	if len(w.line.refused) > 0 {
 		return errRefused
 	}
-	f := wire.Frame{Type: t, Generation: w.p.cfg.Generation, Epoch: w.epoch}
-	if err := f.Fill(b); err != nil {
-		return err
-	}
-	w.end.Add(f)
-	return w.line.write(t, b)
+	err := w.line.write(w.frames)
+	w.frames = w.frames[:0]
+	return err
 }
 
 // finish takes protection down, in the order that why demands, and translates it.

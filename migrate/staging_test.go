@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"kemari/migrate/page"
+	"kemari/migrate/wire"
 )
 
 // Whatever is staged, and whenever it is compacted, the last content of each page is
@@ -71,6 +73,44 @@ type sink struct{ net.Conn }
 func (sink) Write(b []byte) (int, error)      { return len(b), nil }
 func (sink) SetWriteDeadline(time.Time) error { return nil }
 
+// counted counts writes.
+type counted struct {
+	sink
+	writes, bytes int
+}
+
+func (c *counted) Write(b []byte) (int, error) {
+	c.writes++
+	c.bytes += len(b)
+	return len(b), nil
+}
+
+// A small epoch leaves in one write, and one of any size in few, of bounded size.
+func TestOneWrite(t *testing.T) {
+	for _, x := range []struct{ pages, state, most int }{{0, 0, 1}, {1, 10_000, 1}, {60, 10_000, 1}, {300, 600_000, 5}, {5000, 0, 5000*page.Size/wire.MaxPayload + 2}} {
+		p := NewPrimary(PrimaryConfig{CachePages: 1}, nil, nil, nil, nil)
+		var conn counted
+		l := &primaryLine{link: newLink(&conn, 1, &p.life), refused: make(chan string, 1)}
+		c := Capture{State: make([]byte, x.state)}
+		noise := rand.NewChaCha8([32]byte{1})
+		for i := range x.pages {
+			b := make([]byte, page.Size)
+			noise.Read(b)
+			c.Append(page.PFN(i), b)
+		}
+		w := epochWriter{p: p, line: l, epoch: 2, frames: p.frames[:0]}
+		if err := w.finish(&c); err != nil {
+			t.Fatal(err)
+		}
+		if conn.writes > x.most || conn.bytes < x.pages*page.Size+x.state {
+			t.Errorf("%d pages and %d bytes: %d writes of %d bytes", x.pages, x.state, conn.writes, conn.bytes)
+		}
+		if &w.frames[:1][0] != &p.frames[:1][0] {
+			t.Error("the buffer has grown")
+		}
+	}
+}
+
 // Nothing is allocated per page, neither to encode and send nor to decode and stage.
 func TestNoAllocation(t *testing.T) {
 	const pages = 4 * slabPages
@@ -88,7 +128,7 @@ func TestNoAllocation(t *testing.T) {
 			c.Page(i)[round] ^= 0x55
 		}
 		round++
-		w := epochWriter{p: p, line: l, epoch: 2}
+		w := epochWriter{p: p, line: l, epoch: 2, frames: p.frames[:0]}
 		if err := w.pages(&c.Pages); err != nil || w.end.Pages != pages {
 			t.Fatal(err, w.end.Pages)
 		}
