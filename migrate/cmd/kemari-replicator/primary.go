@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -141,6 +142,7 @@ func (e *env) primary(ctx context.Context, uuid string) error {
 		if err != nil {
 			return err
 		}
+		debug.SetGCPercent(garbage)
 		p := migrate.NewPrimary(migrate.PrimaryConfig{
 			UUID: id, MemoryKiB: cfg.MemoryKiB, Generation: wire.Generation(cfg.Generation),
 			Policy:    policy(cfg.Checkpoint),
@@ -257,6 +259,11 @@ const rejoin = 10 * time.Minute
 
 // cachePages is how many pages are kept of what the standby has: 32 MiB.
 const cachePages = 8192
+
+// garbage is how much of it may gather, in percent of what is used. That is nearly all
+// cache and buffers, which cost a collection nothing; as much again is what Go would
+// wait for, which looks like a leak for many minutes.
+const garbage = 10
 
 // dialer makes the first connection, so that one that cannot be made is noticed
 // before anything is touched, and returns what makes it and the further ones. The
