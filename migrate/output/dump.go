@@ -112,7 +112,7 @@ func tcRequest(typ netlink.HeaderType, ifindex, parent uint32) netlink.Message {
 // changeQdisc makes the request to change a qdisc, whose kind must be known.
 func changeQdisc(ifindex, handle, parent uint32, kind string, options []byte) netlink.Message {
 	m := tcRequest(unix.RTM_NEWQDISC, ifindex, parent)
-	m.Header.Flags = netlink.Request | netlink.Acknowledge
+	m.Header.Flags = netlink.Request
 	binary.NativeEndian.PutUint32(m.Data[8:], handle)
 	attrs, err := netlink.MarshalAttributes([]netlink.Attribute{
 		{Type: tcaKind, Data: append([]byte(kind), 0)},

@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"math/bits"
 	"strings"
+	"syscall"
 
 	"github.com/florianl/go-tc"
 	"github.com/florianl/go-tc/core"
@@ -46,8 +47,9 @@ type device struct {
 // kernel is the connections to the kernel. They belong to the network namespace
 // in which they were opened.
 type kernel struct {
-	tc    *tc.Tc        // filters and the vif's qdisc
-	nl    *netlink.Conn // the ifb's qdiscs, and what there is
+	tc    *tc.Tc          // filters and the vif's qdisc
+	nl    *netlink.Conn   // the ifb's qdiscs, and what there is
+	raw   syscall.RawConn // of nl
 	links *link.Handle
 }
 
@@ -67,6 +69,9 @@ func openKernel() (_ *kernel, err error) {
 		return nil, err
 	}
 	_ = k.nl.SetOption(netlink.ExtendedAcknowledge, true)
+	if k.raw, err = k.nl.SyscallConn(); err != nil {
+		return nil, err
+	}
 	if k.links, err = link.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return nil, err
 	}
@@ -232,10 +237,27 @@ func (k *kernel) checkIngress(d *device) (missing bool, err error) {
 }
 
 // request asks the kernel for one thing. What it asks for is done, and done for
-// every frame that comes after, when it returns.
+// every frame that comes after, when it returns: rtnetlink does it within the send. It
+// answers only where it could not, since nothing asks for an acknowledgement: reading that
+// would take the guest's time.
 func (k *kernel) request(m netlink.Message) error {
-	_, err := k.nl.Execute(m)
-	return err
+	if _, err := k.nl.Send(m); err != nil {
+		return err
+	}
+	var none error
+	if err := k.raw.Control(func(fd uintptr) {
+		var b [1]byte
+		_, _, none = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	}); err != nil {
+		return err
+	}
+	if none == unix.EAGAIN {
+		return nil
+	}
+	if _, err := k.nl.Receive(); err != nil {
+		return err
+	}
+	return errors.New("the kernel has answered what was not asked")
 }
 
 // add turns a request to change a qdisc into one to add it.
