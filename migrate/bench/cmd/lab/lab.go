@@ -170,10 +170,14 @@ func protect(ctx context.Context, l *laboratory) error {
 	return nil
 }
 
+// seldom is how often the primary is asked for its figures. What it says is of the last
+// epoch; the one that is disturbed by asking is older by the next time.
+const seldom = "1.1s"
+
 // whileIdle: checkpoints are as far apart as xl remus's are where nobody says otherwise.
 func (f *figures) whileIdle(ctx context.Context, l *laboratory) error {
 	return l.host(ctx, 5*time.Minute, 1, &f.idle,
-		"watch --trigger interval --min 5ms --max 200ms --every 250ms --epochs 60 primary "+uuid)
+		"watch --trigger interval --min 5ms --max 200ms --every "+seldom+" --for 70s primary "+uuid)
 }
 
 func (f *figures) protected(ctx context.Context, l *laboratory) (err error) {
@@ -183,7 +187,7 @@ func (f *figures) protected(ctx context.Context, l *laboratory) (err error) {
 	watched := make(chan error, 1)
 	go func() {
 		watched <- l.host(ctx, 5*time.Minute, 1, &f.answer,
-			"watch --trigger output --min 5ms --max 30s --every 200ms --for 60s primary "+uuid)
+			"watch --trigger output --min 5ms --max 30s --every "+seldom+" --for 60s primary "+uuid)
 	}()
 	time.Sleep(5 * time.Second)
 	f.pinged, err = l.ping(ctx, n, apart)
