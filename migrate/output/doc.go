@@ -31,7 +31,7 @@
 // whoever runs the queue, and no more can come.
 //
 // Release does not wait for a band that is not empty yet. It is looked at again
-// every millisecond, and there is room for fourteen epochs in the meantime.
+// every few milliseconds, and there is room for fourteen epochs in the meantime.
 //
 // # Why not one plug and its counters
 //

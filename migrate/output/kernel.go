@@ -239,7 +239,7 @@ func (k *kernel) checkIngress(d *device) (missing bool, err error) {
 // request asks the kernel for one thing. What it asks for is done, and done for
 // every frame that comes after, when it returns: rtnetlink does it within the send. It
 // answers only where it could not, since nothing asks for an acknowledgement: reading that
-// would take the guest's time.
+// would take the guest's time. It is for one goroutine at a time, as all that uses nl.
 func (k *kernel) request(m netlink.Message) error {
 	if _, err := k.nl.Send(m); err != nil {
 		return err
@@ -251,13 +251,16 @@ func (k *kernel) request(m netlink.Message) error {
 	}); err != nil {
 		return err
 	}
-	if none == unix.EAGAIN {
+	switch none {
+	case nil:
+		if _, err := k.nl.Receive(); err != nil {
+			return err
+		}
+		return errors.New("the kernel has answered what was not asked")
+	case unix.EAGAIN:
 		return nil
 	}
-	if _, err := k.nl.Receive(); err != nil {
-		return err
-	}
-	return errors.New("the kernel has answered what was not asked")
+	return fmt.Errorf("look for the kernel's answer: %w", none) // it had no memory for one
 }
 
 // add turns a request to change a qdisc into one to add it.

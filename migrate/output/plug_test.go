@@ -471,6 +471,24 @@ func TestCleanupLeftovers(t *testing.T) {
 	}
 }
 
+// What the kernel could not do it says, and nothing of that is left to be read later.
+func TestRequestFails(t *testing.T) {
+	space(t)
+	k, err := openKernel()
+	must(t, err)
+	defer k.Close()
+	d := &device{vif: "vif9.0", ifb: 0x7ffffff0}
+	d.prepare()
+	for range 3 {
+		if err := k.request(d.open[0]); !isGone(err) {
+			t.Errorf("of an interface that is not there: %v", err)
+		}
+		if _, err := k.qdiscs(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestGone: a guest that ends under the plug is told apart, and its plug can
 // still be removed, by Close and by a Cleanup of anybody.
 func TestGone(t *testing.T) {

@@ -25,5 +25,5 @@
 // out as the Encoder meant it is ErrBase. Whether a page is unchanged is decided
 // by comparing all of it, never by a checksum.
 //
-// Everything here is pure Go without unsafe, and allocates nothing per page.
+// What is written here is Go without unsafe, and allocates nothing per page.
 package page

@@ -60,7 +60,7 @@ const (
 // check is the checksum of a record: of the first eight bytes of its header and of the
 // page that results. XXH3 takes half the time of CRC32C on a processor that has an
 // instruction for either, and a tenth where that is emulated. A bit that changes in
-// the header always changes the result: the factor is odd, so the upper half does.
+// the header changes the result: with this factor, whichever of the 64 it is.
 func check(header uint64, page *[Size]byte) uint32 {
 	return uint32((xxh3.Hash(page[:]) ^ header*0x9e3779b97f4a7c15) >> 32)
 }

@@ -10,7 +10,7 @@ import (
 	"kemari/migrate/control"
 )
 
-// tlsConn is a TLS connection that needs a system call per frame and not one per
+// tlsConn is a TLS connection that needs a system call per Write and not one per
 // record of 16 KiB: what TLS writes in one Write goes out at once, and what has
 // come in is read at once.
 type tlsConn struct {
@@ -38,7 +38,7 @@ func securer(ch control.Channel, role control.Role) (func(context.Context, net.C
 			side = tls.Server
 		}
 		handshake = func(ctx context.Context, c net.Conn) (net.Conn, error) {
-			under := &corked{Conn: c, r: bufio.NewReaderSize(c, 256<<10), w: bufio.NewWriterSize(c, 512<<10)}
+			under := &corked{Conn: c, r: bufio.NewReaderSize(c, 256<<10), w: bufio.NewWriterSize(c, 528<<10)}
 			t := &tlsConn{Conn: side(under, tc), under: under}
 			return t, t.HandshakeContext(ctx)
 		}

@@ -170,9 +170,13 @@ func protect(ctx context.Context, l *laboratory) error {
 	return nil
 }
 
-// seldom is how often the primary is asked for its figures. What it says is of the last
-// epoch; the one that is disturbed by asking is older by the next time.
-const seldom = "1.1s"
+// How often the primary is asked for its figures while it takes checkpoints by itself,
+// and while each is of a ping: more seldom than epochs come. What it says is of the last
+// one; the one that is disturbed by asking is older by the next time.
+const (
+	seldom     = "1.1s"
+	everyPings = "1.7s"
+)
 
 // whileIdle: checkpoints are as far apart as xl remus's are where nobody says otherwise.
 func (f *figures) whileIdle(ctx context.Context, l *laboratory) error {
@@ -187,7 +191,7 @@ func (f *figures) protected(ctx context.Context, l *laboratory) (err error) {
 	watched := make(chan error, 1)
 	go func() {
 		watched <- l.host(ctx, 5*time.Minute, 1, &f.answer,
-			"watch --trigger output --min 5ms --max 30s --every "+seldom+" --for 60s primary "+uuid)
+			"watch --trigger output --min 5ms --max 30s --every "+everyPings+" --for 60s primary "+uuid)
 	}()
 	time.Sleep(5 * time.Second)
 	f.pinged, err = l.ping(ctx, n, apart)
