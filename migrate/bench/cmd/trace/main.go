@@ -1,13 +1,15 @@
 // Trace records which pages a guest dirties, and what they become, for the
 // benchmarks of page encoding.
 //
-//	trace [--sample N] [--skip N] [--epochs N] [--about TEXT] --domain ID [--every D] FILE
+//	trace [--sample N] [--skip N] [--epochs N] [--about TEXT] --domain ID [--every D] [--running] FILE
 //	trace [--sample N] [--skip N] [--epochs N] [--about TEXT] FILE <STREAM
 //	trace --show FILE
 //
 // With --domain it checkpoints a running guest of this host, by its own number, as a
 // replicator does, and stops after the given number of checkpoints, or when it is
-// interrupted. Nobody else may protect, save or migrate the guest meanwhile.
+// interrupted. Nobody else may protect, save or migrate the guest meanwhile. With
+// --running it takes the pages from the guest while that runs, as a first copy's rounds
+// do: so a boot can be recorded, in which a guest cannot be suspended yet.
 //
 // STREAM is a checkpointed libxc stream of a PVH or HVM guest, as kemari-xcsave
 // writes it to its file 3 (and xc_domain_save to its descriptor): recording ends
@@ -47,8 +49,9 @@ func main() {
 	show := flag.Bool("show", false, "say what is in FILE")
 	domain := flag.Uint("domain", 0, "checkpoint the running guest with this `ID`")
 	every := flag.Duration("every", 200*time.Millisecond, "with --domain: let the guest run this `time` between two checkpoints")
+	live := flag.Bool("running", false, "with --domain: do not suspend the guest")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: trace [--sample N] [--skip N] [--epochs N] [--about TEXT] --domain ID [--every D] FILE\n       trace [--sample N] [--skip N] [--epochs N] [--about TEXT] FILE <STREAM\n       trace --show FILE")
+		fmt.Fprintln(os.Stderr, "usage: trace [--sample N] [--skip N] [--epochs N] [--about TEXT] --domain ID [--every D] [--running] FILE\n       trace [--sample N] [--skip N] [--epochs N] [--about TEXT] FILE <STREAM\n       trace --show FILE")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -64,7 +67,7 @@ func main() {
 	case *domain != 0:
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 		defer stop()
-		if err = running(ctx, uint32(*domain), *every, *epochs, rec); err == nil {
+		if err = running(ctx, uint32(*domain), *every, *epochs, *live, rec); err == nil {
 			err = write(rec, flag.Arg(0), *about)
 		}
 	default:
@@ -95,7 +98,7 @@ func showFile(w io.Writer, file string) error {
 var errEnough = errors.New("enough")
 
 // running records a guest of this host.
-func running(ctx context.Context, domid uint32, every time.Duration, epochs int, rec *trace.Recorder) error {
+func running(ctx context.Context, domid uint32, every time.Duration, epochs int, live bool, rec *trace.Recorder) error {
 	dir, err := os.MkdirTemp("", "trace")
 	if err != nil {
 		return err
@@ -105,11 +108,12 @@ func running(ctx context.Context, domid uint32, every time.Duration, epochs int,
 	if err != nil {
 		return err
 	}
-	return errors.Join(checkpoints(ctx, d, every, epochs, rec), d.Close())
+	return errors.Join(checkpoints(ctx, d, every, epochs, live, rec), d.Close())
 }
 
-// checkpoints records a guest until there are enough epochs, or ctx ends.
-func checkpoints(ctx context.Context, d migrate.Guest, every time.Duration, epochs int, rec *trace.Recorder) (err error) {
+// checkpoints records a guest until there are enough epochs, or ctx ends. Live, what would
+// be a checkpoint is one more round.
+func checkpoints(ctx context.Context, d migrate.Guest, every time.Duration, epochs int, live bool, rec *trace.Recorder) (err error) {
 	if _, err := d.Begin(ctx); err != nil {
 		return err
 	}
@@ -121,10 +125,10 @@ func checkpoints(ctx context.Context, d migrate.Guest, every time.Duration, epoc
 	}
 	var c migrate.Capture
 	for n := 0; epochs == 0 || n <= rec.Skip+epochs; n = rec.Checkpoint() {
-		if n == 0 {
+		if n == 0 || live {
 			_, err = d.Round(ctx, take)
 		}
-		if err == nil {
+		if err == nil && !live {
 			err = d.Checkpoint(ctx, func() error { return nil }, &c)
 		}
 		if ctx.Err() != nil && n > 0 {
@@ -134,6 +138,9 @@ func checkpoints(ctx context.Context, d migrate.Guest, every time.Duration, epoc
 			return err
 		}
 		take(&c.Pages)
+		if n == 0 {
+			slog.Info("all pages are copied, recording what changes")
+		}
 		select {
 		case <-time.After(every):
 		case <-ctx.Done():

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kemari/migrate"
 	"kemari/migrate/bench"
 	"kemari/migrate/bench/trace"
 	"kemari/migrate/migratetest"
@@ -108,25 +109,43 @@ func TestRecord(t *testing.T) {
 	}
 }
 
+// guest counts how often it is suspended.
+type guest struct {
+	*migratetest.Guest
+	suspended int
+}
+
+func (g *guest) Checkpoint(ctx context.Context, seal func() error, c *migrate.Capture) error {
+	g.suspended++
+	return g.Guest.Checkpoint(ctx, seal, c)
+}
+
 // TestCheckpoints: a guest is recorded from its first copy on, for as many epochs as
 // asked for, or until it is enough.
 func TestCheckpoints(t *testing.T) {
 	const pages = 50
-	for name, c := range map[string]struct{ skip, epochs, want int }{
-		"some":              {0, 5, 5},
-		"not the first":     {3, 5, 5},
-		"until interrupted": {1, 0, 8},
+	for name, c := range map[string]struct {
+		skip, epochs, want int
+		live               bool
+	}{
+		"some":              {0, 5, 5, false},
+		"not the first":     {3, 5, 5, false},
+		"until interrupted": {1, 0, 8, false},
+		"running":           {0, 5, 5, true},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			g := migratetest.NewGuest(pages, 1)
+			g := &guest{Guest: migratetest.NewGuest(pages, 1)}
 			rec := &trace.Recorder{Skip: c.skip}
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			if c.epochs == 0 {
 				time.AfterFunc(10*time.Second+500*time.Millisecond, cancel)
 			}
-			if err := checkpoints(ctx, g, time.Second, c.epochs, rec); err != nil {
+			if err := checkpoints(ctx, g, time.Second, c.epochs, c.live, rec); err != nil {
 				t.Fatalf("%s: %v", name, err)
+			}
+			if c.live == (g.suspended > 0) {
+				t.Errorf("%s: suspended %d times", name, g.suspended)
 			}
 			x := rec.Trace("")
 			if got := len(x.Epochs) - 1; got < c.want-1 || got > c.want+1 || c.epochs > 0 && got != c.want {
