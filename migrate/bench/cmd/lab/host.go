@@ -155,9 +155,21 @@ func usageOf(pid int) (*usage, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := &usage{Descriptors: int64(len(fds)), Mappings: int64(bytes.Count(maps, []byte("\n")))}
+	u := &usage{Descriptors: int64(len(fds)), Mappings: mappings(maps)}
 	u.MemoryKiB, u.Threads, err = parseStatus(string(status))
 	return u, err
+}
+
+// mappings counts those that /proc/PID/maps has, but for a guest's memory: of that there
+// are no more than the guest has parts, which the standby maps when they are first
+// written to.
+func mappings(maps []byte) (n int64) {
+	for line := range bytes.Lines(maps) {
+		if !bytes.HasSuffix(line, []byte(" /dev/xen/privcmd\n")) {
+			n++
+		}
+	}
+	return n
 }
 
 // parseStatus reads of /proc/PID/status what memory the process has of its own, and

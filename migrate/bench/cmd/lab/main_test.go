@@ -341,3 +341,14 @@ func TestSpec(t *testing.T) {
 		t.Errorf("figures of nothing:\n%s", &out)
 	}
 }
+
+// The guest's memory is no growth, however much of it is mapped.
+func TestMappings(t *testing.T) {
+	maps := "00fd1000-03014000 rw-p 00000000 00:00 0 \n" +
+		"7fd173800000-7fd173840000 rw-s 00000000 00:06 445                        /dev/xen/privcmd\n" +
+		"7fd173840000-7fd173880000 rw-s 00000000 00:06 445                        /dev/xen/privcmd\n" +
+		"7fd4ba40a000-7fd4ba40b000 rw-s 00000000 00:06 446                        /dev/xen/hypercall\n"
+	if n := mappings([]byte(maps)); n != 2 {
+		t.Errorf("%d, want 2", n)
+	}
+}

@@ -55,7 +55,7 @@ func main() {
 		flag.PrintDefaults()
 	}
 	flag.Parse()
-	if flag.NArg() != 1 {
+	if flag.NArg() != 1 || *live && *domain == 0 {
 		flag.Usage()
 		os.Exit(2)
 	}
